@@ -1,0 +1,72 @@
+"""The command line: `align-kit dpo …` runs a recipe here, `align-kit launch dpo …` on several ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from align_kit import __version__, registry
+from align_kit.errors import EXIT_CODE, UserError, unknown
+
+USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value ...]
+       align-kit launch [--nproc_per_node N] [--nnodes N ...] <recipe> [...]
+       align-kit demo [--seed N]
+       align-kit cards
+
+recipes:
+{recipes}
+
+`align-kit <recipe> --help` lists every key; `--dry-run` prints what would run and stops."""
+
+
+def usage() -> str:
+    """Return the text of `align-kit --help`."""
+    rows = "\n".join(f"  {recipe.name:<10} {recipe.summary}" for recipe in registry.RECIPES)
+    return USAGE.format(recipes=rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"align-kit {__version__}")
+        return 0
+    try:
+        return _command(words[0], words[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+
+
+def _command(name: str, rest: list[str]) -> int:
+    if name in registry.names():
+        from align_kit.run import run
+
+        return run(name, argv=rest)
+    if name == "launch":
+        from align_kit.launch import launch
+
+        return launch(rest)
+    if name == "demo":
+        from align_kit.demo import demo
+
+        return demo(rest)
+    if name == "cards":
+        return _cards()
+    raise unknown("command or recipe", name, [*registry.names(), "launch", "demo", "cards"])
+
+
+def _cards() -> int:
+    from align_kit import cards
+
+    for name in cards.card_names():
+        card = cards.load_card(name)
+        print(f"{name:<24} {', '.join(card.block.phases):<20} {', '.join(card.licences):<14} {card.pretty_name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

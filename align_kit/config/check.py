@@ -1,0 +1,203 @@
+"""Every contradiction and every impossible number of a configuration, in one place, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from align_kit.config.merge import ALTERNATIVES
+from align_kit.config.resolved import Config
+
+
+class Range(NamedTuple):
+    """The values a number may have: from `low` (itself excluded where `above`) to under `under`."""
+
+    low: float
+    above: bool = False
+    under: float | None = None
+
+    def holds(self, number: float) -> bool:
+        """Return whether `number` lies inside."""
+        over_low = number > self.low if self.above else number >= self.low
+        return over_low and (self.under is None or number < self.under)
+
+    def words(self) -> str:
+        """Return the range for a message: `above 0` or `0 or more, under 1`."""
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low if self.under is None else f"{low}, under {self.under:g}"
+
+
+POSITIVE = Range(0, above=True)
+AT_LEAST_ONE = Range(1)
+NOT_NEGATIVE = Range(0)
+
+RANGES: dict[str, Range] = {
+    "beta": POSITIVE,
+    "label_smoothing": Range(0, under=0.5),
+    "max_length": Range(2),
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "global_batch_size": AT_LEAST_ONE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "save_total_limit": AT_LEAST_ONE,
+    "dataset_num_proc": AT_LEAST_ONE,
+    "lora_r": AT_LEAST_ONE,
+    "lora_alpha": AT_LEAST_ONE,
+    "lora_dropout": Range(0, under=1),
+    "fingerprint_steps": NOT_NEGATIVE,
+    "early_stopping_patience": AT_LEAST_ONE,
+    "test_split_size": POSITIVE,
+}
+ENTRY_RANGES: dict[str, Range] = {"fraction": POSITIVE, "weight": POSITIVE, "max_samples": AT_LEAST_ONE}
+
+
+def contradictions(config: Config) -> list[str]:
+    """Return one line for each thing the configuration says that cannot be, or cannot be together."""
+    return [line for rule in RULES for line in rule(config)]
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    """A number outside its range."""
+    for name, allowed in RANGES.items():
+        if name in config.origin and not _in(config.value(name), allowed):
+            yield f"{name} ({config.origin[name]}) is {config.value(name)}; expected {allowed.words()}"
+    for group in ("datasets", "eval_datasets"):
+        for position, entry in enumerate(config.value(group)):
+            for name, allowed in ENTRY_RANGES.items():
+                if not _in(getattr(entry, name), allowed):
+                    yield f"{group}[{position}].{name} is {getattr(entry, name)}; expected {allowed.words()}"
+
+
+def _in(value: Any, allowed: Range) -> bool:
+    return not isinstance(value, int | float) or allowed.holds(value)
+
+
+def _both(config: Config, *names: str) -> str | None:
+    """Return the two keys and their places where both were given a value that asks for something."""
+    if all(config.given(name) and config.value(name) not in (None, False, []) for name in names):
+        return " and ".join(f"{name} ({config.origin[name]})" for name in names)
+    return None
+
+
+def _exclusive(config: Config) -> Iterator[str]:
+    """Two ways of saying one thing."""
+    for names, advice in EXCLUSIVE.items():
+        if both := _both(config, *names):
+            yield f"{both} were both given; {advice}"
+
+
+EXCLUSIVE: dict[tuple[str, str], str] = {
+    **ALTERNATIVES,
+    ("resume", "overwrite"): "drop one: continue what is in output_dir, or replace it",
+    ("resume_from_checkpoint", "overwrite"): "drop one: continue what is in output_dir, or replace it",
+    ("resume", "resume_from_checkpoint"): "drop resume_from_checkpoint",
+}
+
+
+def _adapters(config: Config) -> Iterator[str]:
+    """Adapter settings without an adapter, and an adapter with a reference that it makes needless."""
+    model, run = config.model, config.run
+    names = [name for name in config.origin if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    lora = [name for name in names if config.value(name) not in (None, False)]
+    if lora and not config.given("use_peft"):
+        yield f"{', '.join(lora)} given without use_peft; add use_peft: true, or use_peft: false to train all weights"
+    if model.use_peft and run.reference_model_name_or_path and run.reference_placement != "sharded":
+        yield (
+            "use_peft and reference_model_name_or_path were both given; drop one (the policy without its adapter is "
+            "the reference), or ask for both with reference_placement: sharded"
+        )
+    if run.reference_placement == "adapter" and run.reference_model_name_or_path:
+        yield "reference_placement: adapter has no place for reference_model_name_or_path; drop one"
+    if run.reference_placement == "adapter" and config.given("use_peft") and not model.use_peft:
+        yield "reference_placement: adapter needs an adapter, but use_peft is false; drop one"
+
+
+def _task_type(config: Config) -> Iterator[str]:
+    """A LoRA task type that is not the phase's."""
+    fits = "SEQ_CLS" if config.phase == "reward" else "CAUSAL_LM"
+    if config.given("lora_task_type") and config.model.lora_task_type != fits:
+        yield f"lora_task_type is {config.model.lora_task_type!r}, but {config.phase} trains {fits}; drop it"
+
+
+def _references(config: Config) -> Iterator[str]:
+    """A reference asked of a phase that has none."""
+    if config.phase not in ("pretrain", "sft", "orpo", "reward"):
+        return
+    for name in ("reference_model_name_or_path", "reference_placement", "reference_differs"):
+        if config.given(name) and config.value(name) not in (None, "auto", False):
+            yield f"{name} ({config.origin[name]}) was given, but {config.phase} has no reference; drop it"
+
+
+def _model_start(config: Config) -> Iterator[str]:
+    """Changes to a configuration that is not the start."""
+    if config.model.config_overrides and not config.model.config_name:
+        yield "config_overrides was given without config_name; a trained model's configuration cannot be changed"
+
+
+def _loss(config: Config) -> Iterator[str]:
+    """Weights that do not match the losses they weigh."""
+    weights, losses = config.training.get("loss_weights"), config.training.get("loss_type", ["sigmoid"])
+    if weights is not None and isinstance(losses, list) and len(weights) != len(losses):
+        yield f"loss_weights has {len(weights)} numbers for {len(losses)} losses ({', '.join(losses)}); give one each"
+
+
+def _precision(config: Config) -> Iterator[str]:
+    """A weight dtype that the mixed precision cannot train."""
+    for flag, other in (("bf16", "float16"), ("fp16", "bfloat16")):
+        if config.training.get(flag) and config.model.dtype == other:
+            yield f"{flag}: true and dtype: {other} were both given; drop one"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    """What needs evaluation, without it."""
+    if config.value("eval_strategy") != "no":
+        return
+    patience = config.run.early_stopping_patience
+    if patience is not None:
+        yield f"early_stopping_patience={patience} needs evaluation; set eval_strategy: steps or epoch"
+    for name in ("load_best_model_at_end", "do_eval"):
+        if config.training.get(name):
+            yield f"{name} ({config.origin[name]}) needs evaluation; set eval_strategy: steps or epoch"
+
+
+def _packing(config: Config) -> Iterator[str]:
+    """Unpacked pretraining."""
+    if config.phase == "pretrain" and config.given("packing") and not config.training.get("packing"):
+        yield f"packing ({config.origin['packing']}) is false, but pretrain always packs; drop it or use phase sft"
+
+
+def _checkpointing(config: Config) -> Iterator[str]:
+    """transformers' two names of one switch, set to different values."""
+    for suffix in ("", "_kwargs"):
+        old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+        given = config.given(old) and config.given(new)
+        if given and config.value(old) != config.value(new):
+            yield f"{old} and {new} are two names of one setting and were given different values; drop {old}"
+
+
+def _fractions(config: Config) -> Iterator[str]:
+    """TRL's shares, given to some entries only."""
+    shares = [entry.fraction is not None for entry in config.data.datasets]
+    if any(shares) and not all(shares):
+        yield "fraction must be given to all entries of datasets or to none"
+
+
+RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _numbers,
+    _exclusive,
+    _adapters,
+    _task_type,
+    _references,
+    _model_start,
+    _loss,
+    _precision,
+    _evaluation,
+    _packing,
+    _checkpointing,
+    _fractions,
+)

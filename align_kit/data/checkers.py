@@ -1,0 +1,124 @@
+"""Judge an answer in gsm8k's shape: is the number right, is there work, is the format kept.
+
+One checker serves the embedded sums and the real gsm8k card. A solution ends in its answer line, `#### 1,234`;
+the solutions published with gsm8k's verifiers end in `A: 1234` instead, which is read as an answer but not as
+the format. All functions are pure and need no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from align_kit.errors import UserError
+
+# An answer is the number that fills the rest of its line: `#### $1,234.50`, `A: 26`; `A: 10+x` and `#### 1/5` are not.
+MARK = re.compile(r"####|^A:", re.MULTILINE)
+NUMBER = re.compile(
+    r"""[ \t]* (-?) [ \t]* \$? [ \t]* (-?) ( (?: \d{1,3} (?:,\d{3})+ | \d+ ) (?:\.\d+)? | \.\d+ )
+    [ \t]* %? \.? [ \t]* (?:\n|$)""",
+    re.VERBOSE,
+)
+FORMAT = re.compile(r"#### -?\$?[\d,]*\.?\d+\s*")
+# `48/2 = <<48/2=24>>24`, `8-3=5`, `9m = 27`: something with a sign of equality and a digit after it, on one line.
+EQUATION = re.compile(r"[\w)][^\n=]*=[^\n]*\d")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker found in one completion.
+
+    `exact`: the last answer equals the reference; `shows_work`: an equation stands before the answer line;
+    `format_ok`: exactly one `#### number`, at the very end; `length`: characters, without outer white space.
+    """
+
+    exact: bool
+    shows_work: bool
+    format_ok: bool
+    length: int
+
+    @property
+    def rank(self) -> int:
+        """Return 0-4, higher is better: right before worked before tidy; 4 is right, worked and tidy."""
+        if not self.exact:
+            return int(self.shows_work and self.format_ok)
+        return 2 + self.shows_work + (self.shows_work and self.format_ok)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A preference between two completions of one prompt."""
+
+    chosen: str
+    rejected: str
+
+
+def check(prompt: str, completion: str, answer: str) -> Verdict:
+    """Return the verdict on `completion` against `answer`, the reference solution or its bare number.
+
+    `prompt` is left out of the judgement where a caller passes prompt and completion in one string.
+    Raises `UserError` when the reference holds no number.
+    """
+    text = completion.removeprefix(prompt).strip() if prompt else completion.strip()
+    found = _number(text)
+    return Verdict(
+        exact=found is not None and found == Decimal(answer_of(answer)),
+        shows_work=_shows_work(text),
+        format_ok=text.count("####") == 1 and FORMAT.fullmatch(text[text.index("####") :]) is not None,
+        length=len(text),
+    )
+
+
+def answer_of(text: str) -> str:
+    """Return the number a reference solution ends in, without commas and signs: `"1234"` for `... #### $1,234`.
+
+    A text with no answer line may be the bare number itself. Raises `UserError` when there is no number.
+    """
+    number = _number(text) if MARK.search(text) else _parse(text.strip())
+    if number is None:
+        shown = text.strip()[-60:]
+        raise UserError(f"reference answer {shown!r} has no number; write it as '#### 25' on the last line, or as 25")
+    return f"{number.normalize():f}"
+
+
+def distinct(completions: Sequence[str]) -> float:
+    """Return the share of completions that differ from each other, in (0, 1]; 0.0 for none at all."""
+    return len({text.strip() for text in completions}) / len(completions) if completions else 0.0
+
+
+def rank_pairs(samples: Sequence[str], verdicts: Sequence[Verdict], *, limit: int = 1) -> list[Ranked]:
+    """Return up to `limit` preference pairs among several samples of one prompt.
+
+    Chosen are right, worked and tidy answers (rank 4), in the order sampled; rejected are the lower-ranked ones, the
+    worst first. No text is used twice, so chosen never equals rejected, and a prompt whose samples tie gives no pair.
+    """
+    if len(samples) != len(verdicts):
+        raise ValueError(f"{len(samples)} samples but {len(verdicts)} verdicts")
+    ranks: dict[str, int] = {}
+    for text, verdict in zip(samples, verdicts, strict=True):
+        ranks.setdefault(text.strip(), verdict.rank)
+    best = [text for text, rank in ranks.items() if rank == 4]
+    worst = sorted((text for text, rank in ranks.items() if rank < 4), key=ranks.__getitem__)
+    return [Ranked(chosen, rejected) for chosen, rejected in zip(best, worst, strict=False)][:limit]
+
+
+def _number(text: str) -> Decimal | None:
+    """Return the number after the last answer mark, None where there is no mark or no number fills the line."""
+    marks = list(MARK.finditer(text))
+    return _parse(text[marks[-1].end() :]) if marks else None
+
+
+def _parse(text: str) -> Decimal | None:
+    found = NUMBER.match(text)
+    if found is None:
+        return None
+    minus, inner_minus, digits = found.groups()
+    return Decimal(f"{minus or inner_minus}{digits.replace(',', '')}")
+
+
+def _shows_work(text: str) -> bool:
+    mark = MARK.search(text)
+    before = text[: mark.start()] if mark else text
+    return EQUATION.search(before) is not None

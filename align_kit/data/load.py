@@ -1,0 +1,371 @@
+"""Load the data a configuration names: cards, files and hub ids become one data set of canonical rows, with a report.
+
+Each entry of `datasets:` has TRL's shape plus our `weight`, `format`, `max_samples`, `revision` and `prompt_template`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align_kit import cards
+from align_kit.cards import Card
+from align_kit.data import read, shapes
+from align_kit.data.digest import rows_digest
+from align_kit.data.shapes import Row, Shape
+from align_kit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPEC_KEYS = (
+    "path", "name", "data_dir", "data_files", "split", "columns", "fraction",  # TRL's
+    "weight", "format", "max_samples", "revision", "prompt_template",
+)  # fmt: skip
+_BUILDERS = ("json", "csv", "parquet", "text")  # names of load_dataset that mean "read data_files"
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source gave: how it was named, rows after slicing and mixing, licences, warnings, content digest."""
+
+    path: str
+    split: str
+    kind: str
+    format: str
+    rows: int
+    rows_read: int
+    licences: tuple[str, ...]
+    digest: str
+    share: float | None = None
+    warnings: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)  # of built-in data: version and digest of what it was made from
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One data set of one `kind`, the report of each source in the order given, and the digest of the whole."""
+
+    dataset: Dataset
+    kind: str
+    sources: tuple[SourceReport, ...]
+    digest: str
+
+    @property
+    def warnings(self) -> list[str]:
+        """All sources' warnings, each once, in order."""
+        return list(dict.fromkeys(text for source in self.sources for text in source.warnings))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the manifest keeps: plain values only."""
+        return {"kind": self.kind, "rows": len(self.dataset), "digest": self.digest,
+                "sources": [asdict(source) for source in self.sources]}  # fmt: skip
+
+    def sentence(self) -> str:
+        """Return one line: `7473 prompt_completion rows = 7473 of card:gsm8k[train]`."""
+        parts = " + ".join(f"{source.rows} of {source.path}[{source.split}]" for source in self.sources)
+        return f"{len(self.dataset)} {self.kind} rows = {parts}"
+
+
+@dataclass
+class _Source:
+    where: str
+    split: str
+    rows: list[Row]
+    shape: Shape | None
+    licences: tuple[str, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    weight: float | None = None
+    card_weight: float | None = None
+    fraction: float | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    kind: str = ""
+
+
+def load(
+    specs: Sequence[Mapping[str, Any]],
+    *,
+    phase: str,
+    split_default: str = "train",
+    seed: int = 0,
+    data_home: str | Path | None = None,
+) -> Loaded:
+    """Return the rows that `specs` name, mixed, as one data set of a kind that `phase` can train on.
+
+    Without `fraction` and `weight` the sources follow one another, whole. `fraction` is TRL's: shares are normalised,
+    the mixture is the largest in which no source is repeated, and each source gives its first rows, one source after
+    another. `weight` makes the same mixture, but each source gives a sample drawn with `seed` (in file order) and the
+    sources are interleaved so that every stretch has the shares asked for; a missing weight is the card's, else 1.
+    `max_samples` keeps a source's first rows, before mixing. `data_home` overrides `$ALIGN_KIT_DATA`.
+    Raises UserError for every mistake in a spec or a file.
+    """
+    if not specs:
+        raise UserError(f"no data: name a source in datasets, e.g. path: card:{_advice(phase)}")
+    sources = [_open(dict(spec), phase, split_default, cards.data_home(data_home)) for spec in specs]
+    for source in sources:
+        _canonical(source, phase)
+    kind = _one_kind(sources)
+    shares = _shares(sources)
+    order = mix([len(source.rows) for source in sources], shares, seed=seed, interleave=_weighted(sources))
+    rows = [sources[number].rows[row] for number, row in order]
+    used = [sum(1 for number, _ in order if number == index) for index in range(len(sources))]
+    reports = tuple(_report(*item) for item in zip(sources, used, shares or [None] * len(sources), strict=True))
+    return Loaded(to_dataset(kind, rows), kind, reports, rows_digest(rows))
+
+
+def mix(counts: Sequence[int], shares: Sequence[float] | None, *, seed: int, interleave: bool) -> list[tuple[int, int]]:
+    """Return the mixture as (source, row) numbers; see `load` for the rule. The same arguments give the same list."""
+    import numpy as np
+
+    if shares is None:
+        return [(source, row) for source, count in enumerate(counts) for row in range(count)]
+    total = min(count / share for count, share in zip(counts, shares, strict=True))
+    sizes = [min(round(share * total), count) for share, count in zip(shares, counts, strict=True)]
+    if not interleave:
+        return [(source, row) for source, size in enumerate(sizes) for row in range(size)]
+    placed = []
+    for source, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        rows = np.sort(np.random.default_rng([seed, source]).permutation(count)[:size])
+        placed += [((place + 0.5) / size, source, int(row)) for place, row in enumerate(rows)]
+    return [(source, row) for _, source, row in sorted(placed)]
+
+
+def train_test(dataset: Dataset, test_split_size: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Return (train, test): `test_split_size` is a share below 1 or a number of rows; both keep the data's order.
+
+    Raises UserError when either side would be empty.
+    """
+    import numpy as np
+
+    rows = len(dataset)
+    size = round(rows * test_split_size) if test_split_size < 1 else int(test_split_size)
+    if not 0 < size < rows:
+        raise UserError(
+            f"test_split_size {test_split_size} of {rows} rows leaves {max(rows - size, 0)} and {size}; "
+            "give a share between 0 and 1 or fewer rows, or slice the source (split: train[:90%])"
+        )
+    chosen = np.random.default_rng(seed).permutation(rows)[:size]
+    held = np.zeros(rows, dtype=bool)
+    held[chosen] = True
+    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
+
+
+def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
+    """Return canonical rows as a `datasets.Dataset`: text as strings, messages and tools as JSON values.
+
+    JSON keeps a message's keys as they were; an Arrow struct would give each message all keys of all messages.
+    """
+    from datasets import Dataset, Features, Json, Value
+
+    names = list(shapes.KIND_COLUMNS[kind])
+    names += [name for name in (*shapes.CARRIED, "answer") if any(name in row for row in rows)]
+    features = {}
+    for name in names:
+        texts = all(isinstance(row.get(name), (str, type(None))) for row in rows)
+        features[name] = Value("bool") if name == "label" else Value("string") if texts else Json()
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _open(spec: dict[str, Any], phase: str, split_default: str, home: Path | None) -> _Source:
+    for key in spec:
+        if key not in SPEC_KEYS:
+            raise unknown("key in datasets", str(key), SPEC_KEYS)
+    spec = {key: value for key, value in spec.items() if value is not None}
+    path = spec.get("path")
+    if not isinstance(path, str) or not path:
+        raise UserError("each entry of datasets needs a path: card:<name>, a file, or a hub id")
+    split = str(spec.get("split", split_default))
+    if path.startswith("card:") or path.endswith(".md"):
+        source = _open_card(cards.load_card(path.removeprefix("card:")), spec, split, phase, home)
+    elif path in _BUILDERS or "data_files" in spec or _is_local(path):
+        source = _Source(path, split, _read_local(path, spec, split), None)
+    else:
+        source = _open_hub(path, spec, split, phase)
+    return _settle(source, spec)
+
+
+def _settle(source: _Source, spec: dict[str, Any]) -> _Source:
+    """Apply what a spec says beyond where the rows are; it wins over the card."""
+    columns = spec.get("columns")
+    if isinstance(columns, (list, tuple)):
+        source.rows = [_selected(row, columns, source.where) for row in source.rows]
+    if not source.rows:
+        raise UserError(f"{source.where}, split {source.split}: no rows; check the split and the file")
+    shape = source.shape
+    if "format" in spec:
+        if spec["format"] not in cards.FORMAT_KINDS:
+            raise unknown("format", str(spec["format"]), cards.FORMAT_KINDS)
+        same = shape is not None and shape.format == spec["format"]
+        shape = shape if same else Shape(spec["format"])
+    named = columns if isinstance(columns, Mapping) else None
+    shape = shape or (_named(named, source.rows[0]) if named else shapes.recognise(source.rows[0]))
+    if named:
+        shape = replace(shape, columns={**shape.columns, **named})
+    if "prompt_template" in spec:
+        shape = replace(shape, prompt_template=spec["prompt_template"])
+    source.shape = shape
+    source.rows = source.rows[: _positive(spec, "max_samples", int) or len(source.rows)]
+    source.fraction = _positive(spec, "fraction", float)
+    source.weight = _positive(spec, "weight", float)
+    return source
+
+
+def _named(columns: Mapping[str, str], row: Row) -> Shape:
+    """Recognise a shape by the canonical names given, beside the columns that keep their own name."""
+    return shapes.recognise([*columns, *(set(row) - set(columns.values()))])
+
+
+def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> _Source:
+    block = card.block
+    ours = cards.parse_slice(split)[0]
+    if ours not in block.splits:
+        raise unknown(f"split of card {card.name}", ours, block.splits)
+    theirs = block.splits[ours]
+    where = f"card:{card.name}"
+    shape = Shape(block.format, dict(block.columns), block.prompt_template)
+    source = _Source(where, split, [], shape, card.licences, card.warnings(), card_weight=block.weight)
+    if block.source.kind == "builtin":
+        from align_kit.data import embedded
+
+        source.rows = read.cut(list(embedded.rows(block.source.path, theirs)), [split])
+        source.facts = embedded.facts(block.source.path)
+    else:
+        source.rows = _card_rows(card, spec, split, phase, home)
+    source.rows = source.rows[: block.max_samples or len(source.rows)] if "max_samples" not in spec else source.rows
+    return source
+
+
+def _card_rows(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> list[Row]:
+    origin, ours = card.block.source, cards.parse_slice(split)[0]
+    file = cards.local_file(card, ours, home)
+    theirs = card.block.splits[ours]
+    if file is not None:
+        local = theirs if origin.kind == "file" else origin.local[ours]
+        return read.read_files([file], [local, split])
+    if origin.kind == "file":
+        place = f" from {origin.homepage}" if origin.homepage else ""
+        needed = f"{origin.path}/{card.block.files()[ours]}"
+        raise UserError(
+            f"card:{card.name}: {needed} is not there; get it{place}, put it in a folder and set ALIGN_KIT_DATA to it; "
+            f"without a download, use {_alternative(phase)}"
+        )
+    hub = {"name": origin.name, "data_dir": origin.data_dir, "revision": origin.revision}
+    hub |= {key: spec[key] for key in hub if key in spec}
+    try:
+        return read.read_hub(origin.path, cards.parse_slice(theirs)[0], [theirs, split], **hub)
+    except UserError as error:
+        local = " or set ALIGN_KIT_DATA to a folder with its files;" if origin.local else ""
+        raise UserError(
+            f"card:{card.name}: {error}; go online,{local} without a download, use {_alternative(phase)}"
+        ) from None
+
+
+def _open_hub(path: str, spec: dict[str, Any], split: str, phase: str) -> _Source:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        read.require_file(Path(path))
+    hub = {key: spec.get(key) for key in ("name", "data_dir", "revision")}
+    try:
+        rows = read.read_hub(path, cards.parse_slice(split)[0], [split], **hub)
+    except UserError as error:
+        known = cards.card_names()
+        hint = f"; did you mean card:{path}?" if path in known else ""
+        raise UserError(f"{error}{hint}; without a download, use {_alternative(phase)}") from None
+    return _Source(path, split, rows, None, (), [f"{path}: its licence is not known here; write a card to record it"])
+
+
+def _is_local(path: str) -> bool:
+    looks = path.startswith((".", "/", "~")) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt")
+    return looks or Path(path).exists()
+
+
+def _read_local(path: str, spec: dict[str, Any], split: str) -> list[Row]:
+    name = cards.parse_slice(split)[0]
+    files = spec.get("data_files")
+    if isinstance(files, Mapping):
+        if name not in files:
+            raise unknown(f"split of {path}", name, files)
+        files = files[name]
+    elif (files is not None or Path(path).is_file()) and name != "train" and "split" in spec:
+        raise UserError(f"{path}: a single file has only the split 'train', not {name!r}; slice it: train[:90%]")
+    base = Path(".") if path in _BUILDERS else Path(path).expanduser()
+    if "data_dir" in spec:
+        base = base / spec["data_dir"]
+    if files is None:
+        return read.read_files(read.files_of(base, name), [split])
+    listed = [files] if isinstance(files, str) else list(files)
+    return read.read_files([base / file for file in listed], [split])
+
+
+def _selected(row: Row, columns: Sequence[str], where: str) -> Row:
+    for name in columns:
+        if name not in row:
+            raise unknown(f"column of {where}", str(name), map(str, row))
+    return {name: row[name] for name in columns}
+
+
+def _positive(spec: dict[str, Any], key: str, kind: type) -> Any:
+    value = spec.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+        raise UserError(f"datasets: {key} must be a positive {'whole ' if kind is int else ''}number, got {value!r}")
+    return value
+
+
+def _canonical(source: _Source, phase: str) -> None:
+    assert source.shape is not None
+    source.kind, source.rows = shapes.convert(source.rows, source.shape, source.where)
+    shapes.usable(source.kind, phase, source.where)
+    source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase)
+
+
+def _one_kind(sources: Sequence[_Source]) -> str:
+    first = sources[0]
+    for source in sources[1:]:
+        if source.kind != first.kind:
+            raise UserError(
+                f"{first.where} has {first.kind} rows, {source.where} has {source.kind} rows; "
+                "one run trains on one kind: drop one, or give a format that turns them alike"
+            )
+    return first.kind
+
+
+def _weighted(sources: Sequence[_Source]) -> bool:
+    """Tell whether weights decide the mixture: one given in a spec, or a card's where no spec says otherwise."""
+    if any(source.fraction is not None for source in sources):
+        return any(source.weight is not None for source in sources)
+    return any((source.weight or source.card_weight) is not None for source in sources)
+
+
+def _shares(sources: Sequence[_Source]) -> list[float] | None:
+    fractions = [source.fraction for source in sources if source.fraction is not None]
+    if fractions and _weighted(sources):
+        raise UserError("datasets: fraction and weight were both given; drop one")
+    if fractions and len(fractions) < len(sources):
+        raise UserError("datasets: fraction must be given for every source or for none")
+    if len(sources) == 1 or not (fractions or _weighted(sources)):
+        return None
+    parts = fractions or [source.weight or source.card_weight or 1.0 for source in sources]
+    return [part / sum(parts) for part in parts]
+
+
+def _report(source: _Source, used: int, share: float | None) -> SourceReport:
+    assert source.shape is not None
+    return SourceReport(
+        path=source.where, split=source.split, kind=source.kind, format=source.shape.format, rows=used,
+        rows_read=len(source.rows), licences=source.licences, digest=rows_digest(source.rows), share=share,
+        warnings=tuple(source.warnings), facts=source.facts,
+    )  # fmt: skip
+
+
+def _alternative(phase: str) -> str:
+    return f"card:{_advice(phase)}"
+
+
+def _advice(phase: str) -> str:
+    names = cards.alternatives(phase)
+    return names[0] if names else "<name>"

@@ -1,0 +1,113 @@
+"""How a run ends badly: one line on one rank and exit code 2 for a user's mistake, the error itself for a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from align_kit import log
+from align_kit.errors import EXIT_CODE, UserError
+
+# What gloo and NCCL say on the ranks that are left when a peer ends: not the failure, only its echo.
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "remote process exited")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+SPOKEN = "align_kit/user_error_spoken"
+
+
+@dataclass
+class Outcome:
+    """The exit code of a run."""
+
+    code: int = 0
+
+
+@contextmanager
+def in_one_line() -> Iterator[Outcome]:
+    """Turn a `UserError` into one line on one rank and exit code 2; let ranks that only echo it end in silence.
+
+    In a group of ranks the process ends here, at once: destructors would wait for the others.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except UserError as error:
+        if _speaks_first():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome.code = EXIT_CODE
+        _leave(outcome.code)
+    except KeyboardInterrupt:
+        log.warn("interrupted; go on with --resume from the last checkpoint")
+        outcome.code = 130
+        _leave(outcome.code)
+    except Exception as error:
+        if not any(echo in str(error) for echo in PEER_ENDED):
+            raise
+        print(f"rank {log.rank()} stopped: another rank ended first", file=sys.stderr, flush=True)
+        outcome.code = 1
+        _leave(outcome.code)
+
+
+def _speaks_first() -> bool:
+    """Tell whether this rank is the first to report: rank 0 before the ranks are joined, then whoever comes first."""
+    store = _store()
+    if store is None:
+        return log.rank() == 0
+    try:
+        return int(store.add(SPOKEN, 1)) == 1
+    except Exception:  # the store's host has ended: it has spoken
+        return False
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def _leave(code: int) -> None:
+    """End this process now where other ranks run beside it."""
+    if _store() is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.2)  # let the peers see who spoke before the connections close
+    os._exit(code)
+
+
+class Plan(Protocol):
+    """The batch arithmetic that an out-of-memory message speaks of."""
+
+    def sentence(self, unit: str = "pairs") -> str: ...
+
+    def smaller(self) -> Any: ...
+
+
+@contextmanager
+def naming_memory(plan: Plan) -> Iterator[None]:
+    """Turn running out of memory into one line with the next smaller micro-batch that keeps the global batch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        if os.environ.get("ALIGN_KIT_TRACEBACK"):
+            traceback.print_exc()
+        raise UserError(f"out of memory at {plan.sentence('rows')}; {_way_out(plan)}") from None
+
+
+def _way_out(plan: Plan) -> str:
+    fewer = plan.smaller()
+    if fewer is None:
+        return "the micro-batch is 1 already: use --gradient_checkpointing true, a shorter --max_length, or --deepspeed zero3_offload"
+    return (
+        f"try --per_device_train_batch_size {fewer.per_device} --gradient_accumulation_steps {fewer.accumulation} "
+        f"(the same {fewer.global_batch} per step)"
+    )

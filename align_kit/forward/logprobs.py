@@ -1,0 +1,58 @@
+"""From a batch to per-token log-probabilities: the one way all trainers walk.
+
+Shapes: B sequences, T tokens (padded on the right), V vocabulary. Position t of every result speaks of token t + 1
+of the input, so results have T - 1 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_kit.losses import log_sum_sq_probs
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Log-probabilities (nats) of the tokens a batch predicts.
+
+    `logps_BT`: log p(token t + 1 | tokens up to t), 0 where masked; `mask_BT`: True where the token counts;
+    `top1_BT`: whether the token was the most probable one; `log_sum_sq_BT`: log of the summed squared probabilities,
+    where asked for.
+    """
+
+    logps_BT: Tensor
+    mask_BT: Tensor
+    top1_BT: Tensor
+    log_sum_sq_BT: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> TokenLogps:
+        """Return the sequences from `start` up to `stop`."""
+        squares = None if self.log_sum_sq_BT is None else self.log_sum_sq_BT[start:stop]
+        return TokenLogps(self.logps_BT[start:stop], self.mask_BT[start:stop], self.top1_BT[start:stop], squares)
+
+
+def token_logps(model: nn.Module, batch: Mapping[str, Tensor], *, log_sum_sq: bool = False) -> TokenLogps:
+    """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens.
+
+    log p = the token's logit - logsumexp of all, in fp32 whatever the model computes in.
+    """
+    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    logits_BTV = output.logits[:, :-1]
+    targets_BT = batch["input_ids"][:, 1:]
+    mask_BT = batch["loss_mask"][:, 1:].bool()
+    logps_BT = _selected(logits_BTV, targets_BT).masked_fill(~mask_BT, 0.0)
+    with torch.no_grad():
+        top1_BT = (logits_BTV.argmax(-1) == targets_BT) & mask_BT
+        squares = log_sum_sq_probs(logits_BTV) if log_sum_sq else None
+    return TokenLogps(logps_BT, mask_BT, top1_BT, squares)
+
+
+def _selected(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    logits_BTV = logits_BTV.float()
+    chosen_BT = logits_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
+    return chosen_BT - logits_BTV.logsumexp(-1)

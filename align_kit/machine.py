@@ -1,0 +1,145 @@
+"""This process and this machine: ranks, threads, precision, build locks, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from importlib import metadata
+from pathlib import Path
+
+from align_kit.errors import UserError
+from align_kit.resources import PACKAGE
+
+STACK = ("torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def prepare_process(environ: MutableMapping[str, str]) -> None:
+    """Set what a launcher has not: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    DeepSpeed looks for MPI where one is missing. Call it before anything imports torch or DeepSpeed.
+    """
+    if "RANK" not in environ:
+        environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    environ.setdefault("LOCAL_RANK", "0")
+    environ.setdefault("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1"))
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def world_size() -> int:
+    """Return the number of ranks, as the launcher set it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_accelerator(environ: MutableMapping[str, str]) -> None:
+    """Tell DeepSpeed that this machine has only a CPU where that is so, and give each rank its share of the cores.
+
+    Two ranks with all cores each collapse; a launcher's own OMP_NUM_THREADS is left alone.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "OMP_NUM_THREADS" not in environ:
+        torch.set_num_threads(max(1, cores() // int(environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def cores() -> int:
+    """Return the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware_precision() -> str:
+    """Return `bf16` where the hardware multiplies it natively, else `fp32`.
+
+    A CPU without AMX emulates bf16 2.5 to 4 times slower than fp32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16" if amx is not None and amx() else "fp32"
+
+
+def device_name() -> str:
+    """Return what this rank computes on, for the header."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+# --- just-in-time builds ----------------------------------------------------------------------------------
+
+
+def check_locks(operators: list[str], environ: Mapping[str, str]) -> list[str]:
+    """Return a line for each lock a killed just-in-time build left; raise `UserError` where this run would wait on it.
+
+    `operators` are the DeepSpeed extensions this run builds or loads.
+    """
+    lines = []
+    for lock in stale_locks(environ):
+        line = f"{lock} is the lock of a just-in-time build that no longer runs; remove the file"
+        if lock.parent.name in operators:
+            raise UserError(f"{line}, or the start waits for ever")
+        lines.append(line)
+    return lines
+
+
+def stale_locks(environ: Mapping[str, str]) -> list[Path]:
+    """Return the lock files of torch extension builds with no process behind them.
+
+    torch's build lock is the bare existence of `<extension>/lock`; ninja works inside the folder it builds in.
+    """
+    root = environ.get("TORCH_EXTENSIONS_DIR")
+    base = Path(root) if root else Path(environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    return sorted(path for path in base.glob("**/lock") if not _somebody_works_in(path.parent)) if base.is_dir() else []
+
+
+def _somebody_works_in(folder: Path) -> bool:
+    for process in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if process.resolve() == folder.resolve():
+                return True
+        except OSError:  # another user's process, or one that has just ended
+            continue
+    return False
+
+
+# --- what the manifest records ----------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, align_kit and the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("align-kit", *STACK):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_revision() -> dict[str, str | bool] | None:
+    """Return the revision of the checkout align_kit runs from and whether it was changed; `None` outside one."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        return None
+    revision = _git(root, "rev-parse", "HEAD")
+    return {"revision": revision, "changed": bool(_git(root, "status", "--porcelain"))} if revision else None
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

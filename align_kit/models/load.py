@@ -1,0 +1,134 @@
+"""Load a tokenizer and a causal language model: from weights, from random ones, with LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from align_kit.errors import UserError
+from align_kit.models.source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer beside the weights, padding on the right, with a pad token of its own or EOS.
+
+    Raises `UserError` where the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    places = [source.folder, source.weights.folder]
+    folder = next((f for f in places if any(f.glob("tokenizer*")) or any(f.glob("*.model"))), None)
+    if folder is None:
+        raise UserError(f"{source.name} has no tokenizer files; give --tokenizer_name")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source.name} has no EOS token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(source: Source, overrides: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> Any:
+    """Return the model configuration in `source`, with `overrides` (flat names) laid over it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config, name):
+            raise UserError(f"config_overrides: {type(config).__name__} has no field {name!r}")
+        setattr(config, name, value)
+    return config
+
+
+def load_policy(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    overrides: Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **model_init: Any,
+) -> PreTrainedModel:
+    """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
+
+    An adapter's weights are merged into its base (see `lora.load_adapter` for going on with it as an adapter).
+    Random weights depend on `seed` only. Raises `UserError` where the files lack tensors of the model.
+    """
+    if source.random:
+        return _random_model(source, dtype, seed, overrides, attn_implementation, trust_remote_code)
+    if source.is_adapter:
+        return _merged(source, dtype, attn_implementation, trust_remote_code)
+    return _stored_model(source, dtype, attn_implementation, trust_remote_code, **model_init)
+
+
+def _random_model(
+    source: Source, dtype: torch.dtype, seed: int, overrides: Any, attention: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, set_seed
+
+    config = load_config(source, overrides, trust_remote_code=trust_remote_code)
+    set_seed(seed)
+    chosen = {"attn_implementation": attention} if attention else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
+
+
+def _stored_model(
+    source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, **model_init: Any
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    check_complete(source)
+    chosen = {"attn_implementation": attention} if attention else {}
+    return AutoModelForCausalLM.from_pretrained(
+        str(source.folder),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **chosen,
+        **model_init,
+    )
+
+
+def check_complete(source: Source) -> None:
+    """Raise `UserError` where a sharded model's index names a file or tensor that is not there."""
+    index = source.folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    files = set(json.loads(index.read_text())["weight_map"].values())
+    missing = sorted(name for name in files if not (source.folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"{source.name} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}"
+        )
+
+
+def _merged(source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return base plus adapter as one plain model; merged in fp32 on every rank, sharded afterwards."""
+    import torch
+    from peft import PeftModel
+
+    with plain_transformers():
+        base = _stored_model(source.weights, torch.float32, attention, trust_remote_code)
+        merged = PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
+    return merged.to(dtype)
+
+
+@contextmanager
+def plain_transformers() -> Iterator[None]:
+    """Load models unsharded meanwhile, although a ZeRO-3 configuration is alive in this process."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference

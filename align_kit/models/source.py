@@ -1,0 +1,150 @@
+"""Where a model's weights come from, resolved once to a local folder, and their content digest."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_kit.errors import UserError
+from align_kit.resources import PACKAGE
+
+BUILTIN = "builtin:"
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights in a local folder, or random ones drawn from a configuration.
+
+    `name` is what the user gave, `folder` the local folder behind it, `random` says that only the configuration
+    there is used, `base` is the model an adapter in `folder` was trained on.
+    """
+
+    name: str
+    folder: Path
+    random: bool = False
+    base: Source | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not None
+
+    @property
+    def weights(self) -> Source:
+        """The source of the full weights: the base where this is an adapter."""
+        return self.base or self
+
+
+def resolve(
+    name: str, *, revision: str | None = None, random: bool = False, option: str = "model_name_or_path"
+) -> Source:
+    """Return the source behind a local folder, a hub id or `builtin:tiny`.
+
+    Raises `UserError` (naming `option`) where there is nothing to load.
+    """
+    folder = _local_folder(name, revision, option)
+    if random:
+        return Source(name, folder, random=True)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return Source(name, folder, base=resolve(base, option=f"the base of the adapter {name}"))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(_no_weights(name, folder, option))
+    return Source(name, folder)
+
+
+def _local_folder(name: str, revision: str | None, option: str) -> Path:
+    if name.startswith(BUILTIN):
+        folder = PACKAGE / "data" / "embedded" / name.removeprefix(BUILTIN)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{option} {name!r}: no such built-in model; known: builtin:tiny")
+        return folder
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{option} {name!r} is a file; give the folder that holds config.json and *.safetensors")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir():
+        raise UserError(f"{option} {name!r}: no such folder{_nearest(path)}; give a folder or a hub id")
+    return _from_hub(name, revision, option)
+
+
+def _nearest(path: Path) -> str:
+    siblings = [str(p) for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), siblings, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _from_hub(name: str, revision: str | None, option: str) -> Path:
+    """Return the local snapshot of a hub model, downloaded once; safetensors only."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WEIGHT_FILES)))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{option} {name!r}: neither a folder here nor to be had from the hub ({reason[:160]}); "
+            "give a local folder, or `--config_name builtin:tiny` for the embedded model"
+        ) from None
+
+
+def _no_weights(name: str, folder: Path, option: str) -> str:
+    if any(folder.glob("*.bin")):
+        return f"{option} {name!r} holds *.bin (pickled) weights only; convert them to safetensors"
+    if (folder / "config.json").is_file():
+        return (
+            f"{option} {name!r} holds a configuration but no *.safetensors; for random weights use --config_name {name}"
+        )
+    return f"{option} {name!r}: no config.json and *.safetensors in that folder"
+
+
+# --- identity ---------------------------------------------------------------------------------------------
+
+
+def digest(source: Source, *, seed: int = 0) -> str:
+    """Return the content digest of the weights: names, dtypes, shapes and bytes, whatever the files are called.
+
+    Random weights are identified by their configuration and `seed`; an adapter by itself and its base.
+    A fast hash (xxh3-128) for integrity, not for security.
+    """
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    if source.random:
+        state.update((source.folder / "config.json").read_bytes() + str(seed).encode())
+        return f"random-{state.hexdigest()}"
+    for name, header, blob in _tensors(source.folder):
+        state.update(name.encode() + header.encode())
+        state.update(blob)
+    if source.base is not None:
+        state.update(digest(source.base).encode())
+    return str(state.hexdigest())
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield (name, dtype and shape, bytes) of every stored tensor in name order, without copying it."""
+    found = []
+    for file in sorted(folder.glob("*.safetensors")):
+        header_length = int.from_bytes(file.open("rb").read(8), "little")
+        with file.open("rb") as stream:
+            stream.seek(8)
+            header = json.loads(stream.read(header_length))
+        header.pop("__metadata__", None)
+        found += [(name, entry, file, 8 + header_length) for name, entry in header.items()]
+    maps: dict[Path, Any] = {}
+    for name, entry, file, start in sorted(found, key=lambda item: item[0]):
+        view = maps.setdefault(file, _mapped(file))
+        low, high = entry["data_offsets"]
+        yield name, f"{entry['dtype']}{entry['shape']}", view[start + low : start + high]
+
+
+def _mapped(file: Path) -> memoryview:
+    import mmap
+
+    with file.open("rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,0 +1,65 @@
+"""One run of one phase, whatever the method: configure, check, load, train, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align_kit import failures, log, machine, registry, run_folder, zero
+from align_kit.config import Config, dry_run_text, load
+from align_kit.registry import Recipe
+from align_kit.resources import folder
+
+
+def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run the recipe `name` and return the exit code: 0, or 2 after a user's mistake (one line, no traceback).
+
+    `config` is the YAML read where the command line (`argv`, by default the process's) names none; by default
+    `recipes/<name>.yaml`.
+    """
+    log.quiet()
+    machine.prepare_process(os.environ)
+    with failures.in_one_line() as outcome:
+        recipe = registry.get(name)
+        defaults = Path(config) if config else folder("recipes") / f"{recipe.name}.yaml"
+        settings = load(recipe, list(sys.argv[1:] if argv is None else argv), defaults=defaults)
+        execute(recipe, settings)
+    return outcome.code
+
+
+def execute(recipe: Recipe, config: Config) -> None:
+    """Carry out a resolved configuration; raises `UserError` for what the user can mend."""
+    from align_kit import stages
+
+    engine = stages.start(config)
+    plan = stages.batch(config)
+    if config.run.dry_run:
+        log.say(dry_run_text(config, plan, engine.config, unit=recipe.unit))
+        return
+    began = time.monotonic()
+    with stages.process_group(config, engine, plan) as args:
+        home = stages.open_home(config, args)
+        start = stages.starting_point(recipe, config, home)
+        tokenizer = stages.tokenizer(start, config)
+        rows = stages.rows(recipe, config, tokenizer, args)
+        plan = stages.batch(config, rows=len(rows.train))
+        policy = stages.policy(start, config, args)
+        frozen = stages.frozen(recipe, start, policy, config, args, home)
+        trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
+        stages.record(recipe, config, home, start, rows, frozen, plan, args)
+        stages.header(recipe, engine, start, rows, frozen, plan, args, home)
+        with failures.naming_memory(plan):
+            trainer.train(resume_from_checkpoint=str(home.resume_from) if home.resume_from else None)
+        saved = stages.save(trainer, rows, home)
+        stages.footer(trainer, saved, home, time.monotonic() - began)
+
+
+def main(name: str, argv: Sequence[str] | None = None) -> Any:
+    """Run `name` and leave the process with its exit code."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(run(name, argv=argv))

@@ -1,0 +1,461 @@
+"""The stages of a run, in the order `run.execute` calls them; each knows one thing and no method's name."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align_kit import log, machine, run_folder, zero
+from align_kit import frozen as frozen_models
+from align_kit.config import BatchPlan, Config, derive
+from align_kit.data import load as data_load
+from align_kit.data.tokenise import TokeniseOptions, TokeniseReport, tokenise
+from align_kit.errors import UserError
+from align_kit.models import load, lora, source
+from align_kit.registry import Recipe
+from align_kit.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# --- the machine and the engine ---------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """The DeepSpeed configuration of a run, where it came from, and the precision to train in."""
+
+    config: dict[str, Any]
+    label: str
+    precision: str
+
+    @property
+    def stage(self) -> int:
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
+
+
+def start(config: Config) -> Engine:
+    """Choose precision and engine configuration, agree with the launch file, look for what would block the start."""
+    machine.choose_accelerator(os.environ)
+    launch = zero.read_launch(os.environ)
+    precision = _precision(config)
+    zero.check_precision(precision, launch)
+    engine, label = zero.choose(config.training.get("deepspeed"), launch)
+    for line in machine.check_locks(zero.needs_build(engine), os.environ):
+        log.warn(line)
+    return Engine(engine, label, precision)
+
+
+def _precision(config: Config) -> str:
+    bf16, fp16 = config.training.get("bf16"), config.training.get("fp16")
+    if fp16:
+        return "fp16"
+    return machine.hardware_precision() if bf16 is None else ("bf16" if bf16 else "fp32")
+
+
+def batch(config: Config, rows: int | None = None) -> BatchPlan:
+    """Return the batch arithmetic of one optimizer step."""
+    accumulation = config.value("gradient_accumulation_steps")
+    return derive(
+        config.value("per_device_train_batch_size"),
+        machine.world_size(),
+        None if config.run.global_batch_size else accumulation,
+        config.run.global_batch_size,
+        rows,
+    )
+
+
+@contextmanager
+def process_group(config: Config, engine: Engine, plan: BatchPlan) -> Iterator[Any]:
+    """Join the ranks and yield the phase's training arguments; leave the group at the end."""
+    import torch.distributed as dist
+
+    zero.forget_launch(os.environ)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the arguments say it
+    with open(os.devnull, "w") as nowhere, log.native_output_to(nowhere.fileno()):
+        zero.join_ranks()
+        args = config.training_arguments(
+            deepspeed=engine.config,
+            bf16=engine.precision == "bf16",
+            gradient_accumulation_steps=plan.accumulation,
+        )
+        dist.barrier()  # gloo connects, and prints about it, at the first collective
+    yield args
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def open_home(config: Config, args: Any) -> RunFolder:
+    """Open the run's folder under the rule for folders that are not empty; rank 0 first."""
+    with args.main_process_first(local=False, desc="output folder"):
+        return run_folder.open_folder(
+            args.output_dir,
+            resume=config.run.resume,
+            overwrite=config.run.overwrite,
+            first=args.process_index == 0,
+        )
+
+
+# --- where the policy starts ------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """The policy's start: its source and digest, and a sentence that says why this one."""
+
+    source: source.Source
+    digest: str
+    why: str
+    tokenizer: source.Source
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+
+def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
+    """Find what the policy starts from: what is named, else the newest finished run of the phase before, else random.
+
+    A resumed run starts from what its manifest names.
+    """
+    model = config.model
+    if home.resume_from is not None and "policy" in home.manifest:
+        return _recorded_start(home.manifest["policy"], config)
+    if model.config_name:
+        where, why = source.resolve(model.config_name, random=True, option="config_name"), "random weights"
+    elif model.model_name_or_path:
+        where = source.resolve(model.model_name_or_path, revision=model.model_revision)
+        why = _why_named(where)
+        owner = run_folder.read_manifest(frozen_models.of_run(where.folder))
+        if recipe.needs and not config.run.reference_model_name_or_path:
+            frozen_models.refuse_checkpoint_of(recipe.name, where, owner)
+    else:
+        where, why = _previous_phase(recipe, config)
+    return _start(where, why, config)
+
+
+def _start(where: source.Source, why: str, config: Config) -> Start:
+    tokenizer = config.model.tokenizer_name
+    words = source.resolve(tokenizer, random=True, option="tokenizer_name") if tokenizer else where
+    return Start(where, source.digest(where, seed=config.value("seed")), why, words)
+
+
+def _recorded_start(policy: dict[str, Any], config: Config) -> Start:
+    where = source.resolve(policy["name"], random=policy["random"], option="the policy this run started from:")
+    start = _start(where, "the start of the run that goes on", config)
+    if start.digest != policy["digest"]:
+        raise UserError(
+            f"{policy['name']}, which this run started from, has changed since (digest {start.digest[:12]}, was "
+            f"{policy['digest'][:12]}); restore it, or start anew with --overwrite"
+        )
+    return start
+
+
+def _why_named(where: source.Source) -> str:
+    manifest = run_folder.read_manifest(frozen_models.of_run(where.folder))
+    return f"{manifest['phase']} run" if manifest else "as configured"
+
+
+def _previous_phase(recipe: Recipe, config: Config) -> tuple[source.Source, str]:
+    output, asked = Path(config.value("output_dir")), config.run.starts_from
+    if asked and Path(asked).is_dir():
+        return source.resolve(asked, option="starts_from"), _why_named(source.resolve(asked))
+    found = run_folder.predecessor(output, (asked,) if asked else recipe.starts_from)
+    if found:
+        return source.resolve(str(found[0])), f"the finished {found[1]} run"
+    if asked:
+        raise UserError(
+            f"starts_from {asked!r}: no finished {asked} run beside {output}; run it first, or name a folder"
+        )
+    log.warn(
+        f"no model_name_or_path and no finished {' or '.join(recipe.starts_from)} run beside {output}: starting the "
+        "embedded model from random weights, which shows that things run, not that they help"
+    )
+    return source.resolve("builtin:tiny", random=True), "random weights"
+
+
+def tokenizer(start: Start, config: Config) -> Any:
+    """Return the tokenizer of the run, with the tokens and the chat template the configuration names."""
+    chosen = load.load_tokenizer(start.tokenizer, trust_remote_code=config.value("trust_remote_code"))
+    names = {"eos_token": config.training.get("eos_token"), "pad_token": config.training.get("pad_token")}
+    for kind, token in names.items():
+        if token is not None:
+            if token not in chosen.get_vocab():
+                raise UserError(
+                    f"{kind} {token!r} is not in the vocabulary of {start.tokenizer.name}; name a token that is"
+                )
+            setattr(chosen, kind, token)
+    if template := config.training.get("chat_template_path"):
+        chosen.chat_template = _chat_template(template)
+    return chosen
+
+
+def _chat_template(place: str) -> str:
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path.read_text()
+    other = load.load_tokenizer(source.resolve(place, random=True, option="chat_template_path"))
+    if not other.chat_template:
+        raise UserError(f"chat_template_path {place!r}: its tokenizer has no chat template; give a .jinja file")
+    return str(other.chat_template)
+
+
+# --- the data ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Tokenised rows to train and, where asked for, to evaluate on, with the account of where they came from."""
+
+    train: Dataset
+    eval: Dataset | None
+    loaded: data_load.Loaded
+    report: TokeniseReport
+    eval_loaded: data_load.Loaded | None = None
+    eval_report: TokeniseReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the manifest says of the data."""
+        kept = {"train": _account(self.loaded, self.report)}
+        if self.eval_report is not None:
+            kept["eval"] = _account(self.eval_loaded or self.loaded, self.eval_report)
+        return kept
+
+
+def _account(loaded: data_load.Loaded, report: TokeniseReport) -> dict[str, Any]:
+    return {
+        "digest": loaded.digest,
+        "sources": [asdict(one) for one in loaded.sources],
+        "tokenised": report.as_dict(),
+    }
+
+
+def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Rows:
+    """Load, render and tokenise the data; rank 0 first, the other ranks read what it stored."""
+    with args.main_process_first(local=False, desc="data"):
+        return _rows(recipe, config, words, args)
+
+
+def _rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Rows:
+    seed = args.seed if args.data_seed is None else args.data_seed
+    loaded = data_load.load([d.spec() for d in config.data.datasets], phase=recipe.name, seed=seed)
+    train, held_out, eval_loaded = loaded.dataset, None, None
+    if config.data.eval_datasets:
+        specs = [d.spec() for d in config.data.eval_datasets]
+        eval_loaded = data_load.load(specs, phase=recipe.name, split_default="test", seed=seed)
+        held_out = eval_loaded.dataset
+    elif config.data.test_split_size:
+        train, held_out = data_load.train_test(train, config.data.test_split_size, seed)
+    if args.eval_strategy != "no" and held_out is None:
+        raise UserError(f"eval_strategy {args.eval_strategy} needs eval_datasets or test_split_size")
+    options = _token_options(recipe, config)
+    cache = run_folder.cache_folder(os.environ)
+    train_rows, report = tokenise(train, loaded.kind, words, options, cache)
+    if held_out is None:
+        return Rows(train_rows, None, loaded, report)
+    kind = eval_loaded.kind if eval_loaded else loaded.kind
+    eval_rows, eval_report = tokenise(held_out, kind, words, options, cache)
+    return Rows(train_rows, eval_rows, loaded, report, eval_loaded, eval_report)
+
+
+def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
+    given = {name: config.value(name) for name in ("max_length", "truncation_mode")}
+    for name in ("completion_only_loss", "assistant_only_loss"):
+        if name in config.training:
+            given[name] = config.training[name]
+    return TokeniseOptions(**given, packing=recipe.packed)
+
+
+# --- the models -------------------------------------------------------------------------------------------
+
+
+def policy(start: Start, config: Config, args: Any) -> Any:
+    """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for."""
+    fields = config.model
+    overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
+    loading = {**_loading(config, args), "overrides": overrides}
+    if not fields.use_peft:
+        return load.load_policy(start.source, **loading)
+    base = load.load_policy(start.source.weights, **loading)
+    if start.source.is_adapter:
+        return lora.load_adapter(base, start.source, frozen_copy=frozen_models.REFERENCE_ADAPTER)
+    return lora.add_lora(base, fields)
+
+
+def _loading(config: Config, args: Any) -> dict[str, Any]:
+    import torch
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return {
+        "dtype": dtype,
+        "seed": args.seed,
+        "attn_implementation": config.model.attn_implementation,
+        "trust_remote_code": config.value("trust_remote_code"),
+    }
+
+
+def frozen(
+    recipe: Recipe, start: Start, policy: Any, config: Config, args: Any, home: RunFolder
+) -> dict[str, frozen_models.Frozen]:
+    """Resolve and load the frozen models the recipe needs, each from its own source."""
+    held = {}
+    for role in recipe.needs:
+        run = config.run
+        where, identity = frozen_models.resolve_reference(
+            policy=start.source,
+            policy_digest=start.digest,
+            use_peft=config.model.use_peft,
+            given=run.reference_model_name_or_path,
+            placement=run.reference_placement,
+            differs=run.reference_differs,
+            recorded=home.manifest.get("frozen", {}).get(role) if home.resume_from else None,
+        )
+        held[role] = frozen_models.load_reference(
+            where,
+            identity,
+            policy_is_adapter=start.source.is_adapter,
+            engine_config=args.hf_deepspeed_config.config,
+            hidden_size=getattr(policy.config, "hidden_size", None),
+            **_loading(config, args),
+        )
+    return held
+
+
+# --- the trainer ------------------------------------------------------------------------------------------
+
+
+def trainer(
+    recipe: Recipe,
+    policy: Any,
+    words: Any,
+    rows: Rows,
+    frozen: dict[str, Any],
+    config: Config,
+    args: Any,
+    home: RunFolder,
+) -> Any:
+    """Return the phase's trainer with our progress and metrics in place of transformers' printer."""
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from align_kit.telemetry.progress import Fingerprints, MetricsFile, Progress
+
+    made = recipe.trainer_class()(
+        model=policy,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=words,
+        frozen=frozen,
+    )
+    made.remove_callback(PrinterCallback)
+    made.add_callback(MetricsFile(home.path / run_folder.METRICS))
+    made.progress = Progress(recipe.name)
+    made.add_callback(made.progress)
+    if frozen:
+        made.add_callback(Fingerprints(made.check_frozen, config.run.fingerprint_steps))
+    if config.run.early_stopping_patience:
+        made.add_callback(EarlyStoppingCallback(config.run.early_stopping_patience))
+    return made
+
+
+# --- what a run says and leaves ---------------------------------------------------------------------------
+
+
+def record(
+    recipe: Recipe,
+    config: Config,
+    home: RunFolder,
+    start: Start,
+    rows: Rows,
+    frozen: dict[str, frozen_models.Frozen],
+    plan: BatchPlan,
+    args: Any,
+) -> None:
+    """Write the manifest of the run that begins: everything a result depends on."""
+    if args.process_index != 0:
+        return
+    home.write(
+        format=1,
+        phase=recipe.name,
+        status="running",
+        config=config.as_dict(),
+        origin=config.origin,
+        versions=machine.versions(),
+        git=machine.git_revision(),
+        seed=args.seed,
+        world_size=plan.world_size,
+        batch=asdict(plan),
+        engine=args.hf_deepspeed_config.config,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        data=rows.as_dict(),
+        policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
+        frozen={role: held.identity.as_dict() for role, held in frozen.items()},
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def header(
+    recipe: Recipe,
+    engine: Engine,
+    start: Start,
+    rows: Rows,
+    frozen: dict[str, frozen_models.Frozen],
+    plan: BatchPlan,
+    args: Any,
+    home: RunFolder,
+) -> None:
+    """Say what was derived and why, before the first step."""
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
+    log.say(
+        f"align_kit {recipe.name}: {ranks} on {machine.device_name()}, {engine.precision}, ZeRO-{engine.stage} ({engine.label})"
+    )
+    log.say(f"  policy     {start.source.name} ({start.why}, digest {start.digest[:12]})")
+    for role, held in frozen.items():
+        who = held.identity
+        log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")
+    names = ", ".join(f"{one.path} {one.split}" for one in rows.loaded.sources)
+    log.say(f"  data       {names}: {rows.report.sentence()}")
+    for line in (warning for one in rows.loaded.sources for warning in one.warnings):
+        log.warn(line)
+    steps = args.max_steps if args.max_steps > 0 else int((plan.steps_per_epoch or 1) * args.num_train_epochs)
+    epochs = steps / (plan.steps_per_epoch or 1)
+    log.say(
+        f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
+    )
+    resumed = f", going on from {home.resume_from}" if home.resume_from else ""
+    log.say(f"  output     {home.path}{resumed}")
+
+
+def save(trainer: Any, rows: Rows, home: RunFolder) -> Any:
+    """Store and verify the final model; a frozen model that changed fails the run here at the latest."""
+    from align_kit.trainers.save import save_final
+
+    trainer.check_frozen("at the end of training")
+    probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train[0]])
+    return save_final(trainer, home.path, probe)
+
+
+def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
+    """Close the manifest and say what came out and where it is."""
+    if saved is None:
+        return
+    from align_kit.telemetry.progress import clock
+
+    latest = {name: value for name, value in trainer.progress.latest.items() if isinstance(value, float)}
+    home.write(
+        status=run_folder.FINISHED,
+        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        seconds=round(seconds, 1),
+        steps=trainer.state.global_step,
+        result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
+    )
+    shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
+    speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s"
+    log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
+    log.say(
+        f"saved and verified: {home.path} ({saved.size / 1e6:.1f} MB, digest {saved.digest[:12]}, re-opened logits "
+        f"within {saved.logit_gap:.1g})"
+    )

@@ -1,0 +1,1 @@
+"""Meters of a run: its progress as it goes, its numbers on disk."""

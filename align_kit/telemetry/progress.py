@@ -1,0 +1,112 @@
+"""Progress of a run on rank 0: a bar on a terminal, a few lines where output goes to a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from align_kit import log
+
+LINES = 10  # how many progress lines a run prints where there is no terminal
+
+
+def clock(seconds: float) -> str:
+    """Return `seconds` as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress(TrainerCallback):
+    """Show step, loss, tokens/s and time left; keep the last line for the footer.
+
+    Tokens are those the model computed on all ranks, padding not counted.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+        self.started = 0.0
+        self.first_step = 0
+        self.latest: dict[str, float] = {}
+        self.tokens = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            self._evaluated(logs or {}, state)
+            return
+        self.latest = {**self.latest, **logs}
+        self.tokens += logs.get("tokens", 0.0)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}  {self.tokens_per_second():,.0f} tokens/s")
+        elif self._due(state):
+            log.say(f"  {self._line(state, logs)}")
+
+    def _evaluated(self, logs: dict[str, float], state: Any) -> None:
+        if "eval_loss" in logs and state.is_world_process_zero:
+            self.latest = {**self.latest, **logs}
+            text = f"  step {state.global_step}: eval loss {logs['eval_loss']:.4f}"
+            self.bar.write(text) if self.bar is not None else log.say(text)
+
+    def _due(self, state: Any) -> bool:
+        every = max(1, state.max_steps // LINES)
+        return state.global_step == 1 or state.global_step % every == 0 or state.global_step == state.max_steps
+
+    def _line(self, state: Any, logs: dict[str, float]) -> str:
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(1, done) * (state.max_steps - state.global_step)
+        return (
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"{self.tokens_per_second():,.0f} tokens/s  {clock(left)} left"
+        )
+
+    def tokens_per_second(self) -> float:
+        """Return computed tokens per second over all ranks since training began."""
+        return self.tokens / max(1e-9, time.monotonic() - self.started)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile(TrainerCallback):
+    """Append every logged line to `metrics.jsonl` of the run, on rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Fingerprints(TrainerCallback):
+    """Compare the frozen models with their first fingerprint every `every` steps (0: never) and at each save."""
+
+    def __init__(self, check: Any, every: int) -> None:
+        self.check = check
+        self.every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            self.check(f"at step {state.global_step}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.check(f"at the save of step {state.global_step}")

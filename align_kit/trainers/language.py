@@ -1,0 +1,46 @@
+"""Pretraining and supervised fine-tuning: the negative log-likelihood of the trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from align_kit.data.collate import LanguageCollator
+from align_kit.errors import unknown
+from align_kit.forward.logprobs import TokenLogps, token_logps
+from align_kit.losses import LANGUAGE_LOSSES
+from align_kit.trainers.base import BatchLoss, PhaseTrainer
+
+
+class Language(PhaseTrainer):
+    """Next-token prediction on the tokens `loss_mask` names; TRL's `loss_type` picks the loss.
+
+    The loss of a step is the mean over all trained tokens of all ranks and accumulated micro-batches.
+    """
+
+    headline = ("loss", "mean_token_accuracy", "eval_loss")
+
+    @staticmethod
+    def collator(tokenizer: Any, args: Any) -> LanguageCollator:
+        return LanguageCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+
+    def prepare(self) -> None:
+        name = self.args.loss_type
+        if name not in LANGUAGE_LOSSES:
+            raise unknown("loss_type", name, LANGUAGE_LOSSES)
+        self.token_loss = LANGUAGE_LOSSES[name]
+
+    def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
+        tokens = token_logps(model, batch).rows(0, batch.get("keep", len(batch["input_ids"])))
+        total, items = self.token_loss(tokens.logps_BT, tokens.mask_BT)
+        return BatchLoss(total, items, accuracy(tokens))
+
+    def counts(self, batch: Mapping[str, Tensor]) -> list[int]:
+        return [int(batch["loss_mask"][:, 1:].sum())]
+
+
+def accuracy(tokens: TokenLogps) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the share of trained tokens that the model found most probable, as TRL names it."""
+    return {"mean_token_accuracy": (tokens.top1_BT.sum(), tokens.mask_BT.sum())}

@@ -1,0 +1,143 @@
+"""The final model: gathered, stored in Hugging Face form, re-opened and compared with the live one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_kit.errors import UserError
+from align_kit.models import load, source
+from align_kit.trainers.base import PhaseTrainer
+
+# Greatest allowed difference of a logit between the live and the re-opened model; a kernel may sum in another order.
+LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A stored and verified model: its folder, content digest, size in bytes, and the greatest logit difference."""
+
+    folder: Path
+    digest: str
+    size: int
+    logit_gap: float
+
+
+def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor]) -> Saved | None:
+    """Store the trained model in `folder` and prove that what was stored is what was trained.
+
+    All ranks call it: weights are gathered and `probe` (a small batch, the same on every rank) runs through the
+    engine. Rank 0 writes into a temporary folder, checks every tensor, runs the re-opened model on the probe, and
+    only then moves the files in place. Returns `None` on the other ranks. Raises `UserError` where a check fails.
+    """
+    weights = _gathered(trainer)
+    live = _live_logits(trainer, probe)
+    saved = None
+    if trainer.args.should_save:
+        staging = folder / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        _write(trainer, staging, weights)
+        _check_tensors(staging, weights)
+        gap = _compare(staging, probe, live, next(trainer.model.parameters()).dtype)
+        for file in staging.iterdir():
+            os.replace(file, folder / file.name)
+        staging.rmdir()
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        saved = Saved(folder, source.digest(source.resolve(str(folder))), size, gap)
+    trainer.accelerator.wait_for_everyone()
+    return saved
+
+
+def _gathered(trainer: PhaseTrainer) -> dict[str, Tensor]:
+    """Return what is to be stored on rank 0: all weights, or the adapter's alone where LoRA is trained."""
+    engine = trainer.model_wrapped
+    if not _is_lora(trainer):
+        return dict(trainer.accelerator.get_state_dict(engine) or {})
+    if engine.zero_optimization_partition_weights():
+        return dict(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {})
+    trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: tensor.cpu() for name, tensor in engine.module.state_dict().items() if name in trained}
+
+
+def _is_lora(trainer: PhaseTrainer) -> bool:
+    return hasattr(trainer.model, "peft_config")
+
+
+def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
+    engine = trainer.model_wrapped
+    engine.eval()
+    with torch.no_grad():
+        batch = {name: probe[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
+        return engine(**batch, use_cache=False).logits.float().cpu()
+
+
+def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> None:
+    model: Any = trainer.model
+    model.config.use_cache = True
+    adapters = {"selected_adapters": ["default"]} if _is_lora(trainer) else {}
+    model.save_pretrained(str(folder), state_dict=weights, **adapters)
+    trainer.processing_class.save_pretrained(str(folder))  # type: ignore[union-attr]
+
+
+def _check_tensors(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Compare every stored tensor with the gathered one: name, shape, dtype and content."""
+    from safetensors import safe_open
+
+    stored: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            stored |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    empty = [name for name, tensor in stored.items() if tensor.numel() == 0]
+    broken = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    missing = [name for name, tensor in weights.items() if not _is_stored(tensor, name, stored)]
+    for what, names in (("no tensors at all", [] if stored else ["*"]), ("empty", empty), ("not finite", broken),
+                        ("missing or different", missing)):  # fmt: skip
+        if names:
+            raise UserError(
+                f"the final model did not verify: {len(names)} tensors {what} ({', '.join(names[:3])}); the last "
+                "checkpoint stands, go on from it with --resume"
+            )
+
+
+def _is_stored(tensor: Tensor, name: str, stored: Mapping[str, Tensor]) -> bool:
+    """Tell whether `tensor` was stored: under its name (PEFT's without the adapter's), or tied to one that was."""
+    found = stored.get(name, stored.get(name.replace(".default.", ".")))
+    if found is not None:
+        return found.shape == tensor.shape and torch.equal(found.to(tensor.dtype), tensor.cpu())
+    return any(other.shape == tensor.shape and torch.equal(other.to(tensor.dtype), tensor) for other in stored.values())
+
+
+def _compare(folder: Path, probe: Mapping[str, Tensor], live: Tensor, dtype: torch.dtype) -> float:
+    """Return the greatest difference of a logit between the re-opened model and the live one, within tolerance."""
+    reopened: Any = reopen(folder, dtype)
+    with torch.no_grad():
+        logits = reopened(input_ids=probe["input_ids"], attention_mask=probe["attention_mask"]).logits.float()
+    real = probe["attention_mask"].bool()
+    gap = float((logits[real] - live[real]).abs().max())
+    if not gap <= LOGIT_TOLERANCE[dtype]:
+        raise UserError(
+            f"the final model did not verify: re-opened, its logits differ by up to {gap:.3g} from the trained "
+            f"model's (allowed {LOGIT_TOLERANCE[dtype]}); the last checkpoint stands, go on from it with --resume"
+        )
+    return gap
+
+
+def reopen(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the model in `folder` as plain transformers (and PEFT) load it, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    where = source.resolve(str(folder))
+    with load.plain_transformers():
+        model = AutoModelForCausalLM.from_pretrained(str(where.weights.folder), dtype=dtype)
+        if where.is_adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    return model.eval()

@@ -1,0 +1,9 @@
+"""Pretraining on packed text, from random weights or continued.
+
+    accelerate launch --config_file ds_configs/launch_cpu2.yaml recipes/pretrain.py --config my.yaml --learning_rate 1e-5
+"""
+
+from align_kit.run import main
+
+if __name__ == "__main__":
+    main("pretrain")

@@ -1,0 +1,9 @@
+"""Supervised fine-tuning on prompts and completions.
+
+    accelerate launch --config_file ds_configs/launch_cpu2.yaml recipes/sft.py --config my.yaml --learning_rate 1e-5
+"""
+
+from align_kit.run import main
+
+if __name__ == "__main__":
+    main("sft")

@@ -1,0 +1,117 @@
+"""Run real recipes on real ranks in seconds: forks of one warm process, gloo between them, DeepSpeed inside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_kit import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Result:
+    """What ranks left: exit codes, what each printed, seconds of wall time."""
+
+    codes: list[int]
+    output: list[str]
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return "".join(self.output)
+
+    def ok(self) -> Result:
+        """Return itself, or fail with what the ranks printed."""
+        assert set(self.codes) == {0}, f"exit codes {self.codes}\n{self.text}"
+        return self
+
+    def error(self) -> str:
+        """Return the one `error:` line of a user's mistake; fail where there is not exactly one, or a traceback."""
+        lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.text and 2 in self.codes, f"{self.codes}\n{self.text}"
+        return lines[0]
+
+
+class Ranks:
+    """The warm process and the runs made from it. `home` keeps their logs, caches and extensions."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.count = 0
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
+            "HF_HUB_OFFLINE": "1",
+            "ALIGN_KIT_CACHE": str(home / "cache"),
+            "PYTHONPATH": str(ROOT),
+        }
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            env.pop(name, None)
+        self.env = env
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=ROOT,
+        )
+        self.ready = False
+
+    def run(
+        self,
+        *argv: str | Path,
+        world_size: int = 2,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        function: str = "",
+        ranked: bool = True,
+        timeout: float = 120,
+        grace: float = 5,
+        **kwargs: Any,
+    ) -> Result:
+        """Run `align-kit argv…`, or `function(**kwargs)` (dotted path), on `world_size` forked ranks."""
+        self.count += 1
+        log = self.home / f"run{self.count}"
+        request = {
+            "argv": [str(word) for word in argv],
+            "world_size": world_size,
+            "env": env or {},
+            "cwd": str(cwd or self.home),
+            "function": function,
+            "kwargs": kwargs,
+            "log": str(log),
+            "port": machine.free_port(),
+            "ranked": ranked,
+            "timeout": timeout,
+            "grace": grace,
+        }
+        answer = self._ask(request)
+        output = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(world_size)]
+        return Result(answer["codes"], output, answer["seconds"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        if not self.ready:
+            json.loads(self.process.stdout.readline())
+            self.ready = True
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the warm process; its ranks have ended before."""
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)
