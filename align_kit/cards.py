@@ -94,7 +94,7 @@ class Block(_Strict):
     @field_validator("prompt_template")
     @classmethod
     def _known_template(cls, value: str | None) -> str | None:
-        if value is not None and value != "chat" and "{prompt}" not in value:
+        if value is not None and not is_template(value):
             raise ValueError("must be 'chat' or a text that holds {prompt}")
         return value
 
@@ -136,6 +136,11 @@ class Card:
         if not self.block.verified:
             found.append(f"card {self.name}: not verified against its source")
         return found
+
+
+def is_template(text: str) -> bool:
+    """Tell whether `text` can be a prompt template: `chat`, or a text that holds {prompt} ("{prompt}" changes nothing)."""
+    return text == "chat" or "{prompt}" in text
 
 
 def licence_warnings(licences: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align_kit import failures, log, machine, registry, run_folder, zero
+from align_kit import failures, log, machine, registry
 from align_kit.config import Config, dry_run_text, load
 from align_kit.registry import Recipe
 from align_kit.resources import folder
@@ -47,7 +47,7 @@ def execute(recipe: Recipe, config: Config) -> None:
         start = stages.starting_point(recipe, config, home)
         tokenizer = stages.tokenizer(start, config)
         rows = stages.rows(recipe, config, tokenizer, args)
-        plan = stages.batch(config, rows=len(rows.train))
+        plan = stages.batch(config, rows=len(rows.train.rows))
         policy = stages.policy(start, config, args)
         frozen = stages.frozen(recipe, start, policy, config, args, home)
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)

@@ -8,21 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from align_kit import log, machine, run_folder, zero
 from align_kit import frozen as frozen_models
+from align_kit import log, machine, run_folder, zero
 from align_kit.config import BatchPlan, Config, derive
-from align_kit.data import load as data_load
-from align_kit.data.tokenise import TokeniseOptions, TokeniseReport, tokenise
+from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
+from align_kit.data.report import TokeniseOptions
 from align_kit.errors import UserError
 from align_kit.models import load, lora, source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 # --- the machine and the engine ---------------------------------------------------------------------------
 
@@ -206,59 +202,24 @@ def _chat_template(place: str) -> str:
 # --- the data ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Rows:
-    """Tokenised rows to train and, where asked for, to evaluate on, with the account of where they came from."""
+def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
+    """Load, render and tokenise the data: the first rank of each machine works, the others open what it stored."""
+    import torch.distributed as dist
 
-    train: Dataset
-    eval: Dataset | None
-    loaded: data_load.Loaded
-    report: TokeniseReport
-    eval_loaded: data_load.Loaded | None = None
-    eval_report: TokeniseReport | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what the manifest says of the data."""
-        kept = {"train": _account(self.loaded, self.report)}
-        if self.eval_report is not None:
-            kept["eval"] = _account(self.eval_loaded or self.loaded, self.eval_report)
-        return kept
-
-
-def _account(loaded: data_load.Loaded, report: TokeniseReport) -> dict[str, Any]:
-    return {
-        "digest": loaded.digest,
-        "sources": [asdict(one) for one in loaded.sources],
-        "tokenised": report.as_dict(),
-    }
-
-
-def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Rows:
-    """Load, render and tokenise the data; rank 0 first, the other ranks read what it stored."""
-    with args.main_process_first(local=False, desc="data"):
-        return _rows(recipe, config, words, args)
-
-
-def _rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Rows:
-    seed = args.seed if args.data_seed is None else args.data_seed
-    loaded = data_load.load([d.spec() for d in config.data.datasets], phase=recipe.name, seed=seed)
-    train, held_out, eval_loaded = loaded.dataset, None, None
-    if config.data.eval_datasets:
-        specs = [d.spec() for d in config.data.eval_datasets]
-        eval_loaded = data_load.load(specs, phase=recipe.name, split_default="test", seed=seed)
-        held_out = eval_loaded.dataset
-    elif config.data.test_split_size:
-        train, held_out = data_load.train_test(train, config.data.test_split_size, seed)
-    if args.eval_strategy != "no" and held_out is None:
-        raise UserError(f"eval_strategy {args.eval_strategy} needs eval_datasets or test_split_size")
-    options = _token_options(recipe, config)
-    cache = run_folder.cache_folder(os.environ)
-    train_rows, report = tokenise(train, loaded.kind, words, options, cache)
-    if held_out is None:
-        return Rows(train_rows, None, loaded, report)
-    kind = eval_loaded.kind if eval_loaded else loaded.kind
-    eval_rows, eval_report = tokenise(held_out, kind, words, options, cache)
-    return Rows(train_rows, eval_rows, loaded, report, eval_loaded, eval_report)
+    wanted = Wanted(
+        phase=recipe.name,
+        train=[entry.spec() for entry in config.data.datasets],
+        eval=[entry.spec() for entry in config.data.eval_datasets],
+        test_split_size=config.data.test_split_size,
+        evaluate=args.eval_strategy != "no",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        options=_token_options(recipe, config),
+        cache=run_folder.cache_folder(os.environ),
+    )
+    mine = prepare(wanted, words) if args.local_process_index == 0 else None
+    accounts = [mine.accounts() if mine else None]
+    dist.broadcast_object_list(accounts, src=0)
+    return mine or reopen(accounts[0] or {}, wanted.cache)
 
 
 def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
@@ -331,7 +292,7 @@ def trainer(
     recipe: Recipe,
     policy: Any,
     words: Any,
-    rows: Rows,
+    rows: Prepared,
     frozen: dict[str, Any],
     config: Config,
     args: Any,
@@ -345,8 +306,8 @@ def trainer(
     made = recipe.trainer_class()(
         model=policy,
         args=args,
-        train_dataset=rows.train,
-        eval_dataset=rows.eval,
+        train_dataset=rows.train.rows,
+        eval_dataset=rows.eval.rows if rows.eval else None,
         processing_class=words,
         frozen=frozen,
     )
@@ -369,7 +330,7 @@ def record(
     config: Config,
     home: RunFolder,
     start: Start,
-    rows: Rows,
+    rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
     plan: BatchPlan,
     args: Any,
@@ -390,7 +351,7 @@ def record(
         batch=asdict(plan),
         engine=args.hf_deepspeed_config.config,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        data=rows.as_dict(),
+        data=rows.accounts(),
         policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
         frozen={role: held.identity.as_dict() for role, held in frozen.items()},
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -401,7 +362,7 @@ def header(
     recipe: Recipe,
     engine: Engine,
     start: Start,
-    rows: Rows,
+    rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
     plan: BatchPlan,
     args: Any,
@@ -416,9 +377,8 @@ def header(
     for role, held in frozen.items():
         who = held.identity
         log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")
-    names = ", ".join(f"{one.path} {one.split}" for one in rows.loaded.sources)
-    log.say(f"  data       {names}: {rows.report.sentence()}")
-    for line in (warning for one in rows.loaded.sources for warning in one.warnings):
+    log.say(f"  data       {rows.train.sentence()}")
+    for line in rows.train.warnings:
         log.warn(line)
     steps = args.max_steps if args.max_steps > 0 else int((plan.steps_per_epoch or 1) * args.num_train_epochs)
     epochs = steps / (plan.steps_per_epoch or 1)
@@ -429,12 +389,12 @@ def header(
     log.say(f"  output     {home.path}{resumed}")
 
 
-def save(trainer: Any, rows: Rows, home: RunFolder) -> Any:
+def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
     """Store and verify the final model; a frozen model that changed fails the run here at the latest."""
     from align_kit.trainers.save import save_final
 
     trainer.check_frozen("at the end of training")
-    probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train[0]])
+    probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train.rows[0]])
     return save_final(trainer, home.path, probe)
 
 

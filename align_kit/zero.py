@@ -312,11 +312,13 @@ def join_ranks() -> None:
     DeepSpeed's CPU start-up would first compile its shared-memory operator (minutes when cold), which only its
     inference all-reduce uses: it is left out.
     """
+    import importlib
+
     import deepspeed
-    import deepspeed.comm.torch as backend
     import torch
 
-    backend.build_shm_op = lambda: None
+    # The attribute deepspeed.comm.torch is torch itself; the module of that name has to be asked for.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     name = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=name, auto_mpi_discovery=False, verbose=False)
 

@@ -52,7 +52,7 @@ class Ranks:
             "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
             "HF_HUB_OFFLINE": "1",
             "ALIGN_KIT_CACHE": str(home / "cache"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             env.pop(name, None)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from align_kit.data import shapes
 from align_kit.data.digest import rows_digest
 from align_kit.data.load import load, mix, to_dataset, train_test
+from align_kit.data.read import quiet, read_hub
 from align_kit.data.shapes import Shape
 from align_kit.errors import UserError
 from tests.data_rows import REAL, ROOT, assistant, needs_real_data, user
@@ -187,8 +188,6 @@ def test_fraction_is_trls(tmp_path):
     """The mixture `get_dataset` makes of the same sources: first rows, one source after another, none repeated."""
     from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
-    from align_kit.data.read import quiet
-
     paths = [jsonl(tmp_path / "a.jsonl", QA), jsonl(tmp_path / "b.jsonl", QA[5:])]
     specs = [{"path": "json", "data_files": path, "fraction": share} for path, share in zip(paths, (0.6, 0.2),
                                                                                            strict=True)]  # fmt: skip
@@ -229,9 +228,12 @@ MISTAKES = [
     ({"path": "a.jsonl", "columns": ["question", "anwser"]}, "unknown column of .*'anwser'.*did you mean 'answer'"),
     ({"path": "a.jsonl", "weight": -1}, "weight must be a positive number, got -1"),
     ({"path": "a.jsonl", "max_samples": 1.5}, "max_samples must be a positive whole number"),
-    ({"path": "pairs.jsonl"}, "preference rows cannot be used by sft, which takes prompt_completion or messages or text"),
+    ({"path": "pairs.jsonl"}, "preference rows cannot be used by sft, which takes prompt_completion or messages"),
     ({"path": "card:gsm8k", "split": "validation"}, "unknown split of card gsm8k 'validation'; known: test, train"),
     ({"path": "card:sums_pairs"}, "cannot be used by sft"),
+    ({"path": "card:sums_sft", "data_files": "a.jsonl"}, "card:sums_sft: data_files does not apply"),
+    ({"path": "card:gsm8k", "data_files": "a.jsonl"}, "card:gsm8k: data_files does not apply"),
+    ({"path": "a.jsonl", "prompt_template": "Q:"}, "'Q:' must be 'chat' or a text that holds {prompt}"),
     ({"path": ""}, "needs a path"),
     ({"path": "card:tinyshakespeare"}, "set ALIGN_KIT_DATA to it; without a download, use card:"),
 ]  # fmt: skip
@@ -284,6 +286,20 @@ def test_offline_a_hub_set_names_a_built_in_card(monkeypatch, tmp_path):
             load([{"path": path}], phase="dpo")
 
 
+def test_a_hub_set_is_read_through_load_dataset(tmp_path):
+    """A folder stands in for the hub: the same call, the same slices, nothing printed."""
+    jsonl(tmp_path / "train.jsonl", QA)
+    rows = read_hub(str(tmp_path), "train", ["train[:80%]", "train[-2:]"], name=None, revision=None)
+    assert rows == QA[6:8]
+    with pytest.raises(UserError, match="cannot load .*Unknown split"):
+        read_hub(str(tmp_path), "validation", ["validation"])
+
+
+def test_a_phase_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="unknown phase 'dp0'.*did you mean 'dpo'"):
+        load([{"path": "a.jsonl"}], phase="dp0")
+
+
 def test_licences_and_warnings_reach_the_report(tmp_path):
     jsonl(tmp_path / "a.jsonl", QA)
     (tmp_path / "mine.md").write_text(
@@ -310,12 +326,28 @@ def test_train_test_splits_without_overlap():
             train_test(dataset, size)
 
 
-REAL_CARDS = [("gsm8k", "train", "sft", 7473), ("gsm8k", "test", "sft", 1319), ("gsm8k_solution_pairs", "train", "dpo", 731),
-              ("gsm8k_solution_labels", "train", "kto", 5276), ("llamafactory_dpo_en", "train", "dpo", 299),
-              ("tinyshakespeare", "train", "pretrain", 1), ("xstest_pairs", "train", "dpo", 244),
-              ("xstest_prompts", "test", "eval", 450), ("truthfulqa", "test", "dpo", 790),
-              ("self_instruct", "train", "sft", 175), ("self_instruct", "test", "sft", 252),
-              ("llamafactory_c4_demo", "train", "pretrain", 300)]  # fmt: skip
+REAL_CARDS = [
+    ("gsm8k", "train", "sft", 7473),
+    ("gsm8k", "test", "sft", 1319),
+    ("gsm8k_solution_pairs", "train", "dpo", 731),
+    ("gsm8k_solution_labels", "train", "kto", 5276),
+    ("llamafactory_dpo_en", "train", "dpo", 299),
+    ("llamafactory_c4_demo", "train", "pretrain", 300),
+    ("tinyshakespeare", "train", "pretrain", 1),
+    ("xstest_pairs", "train", "dpo", 244),
+    ("xstest_prompts", "test", "eval", 450),
+    ("truthfulqa", "test", "dpo", 790),
+    ("self_instruct", "train", "sft", 175),
+    ("self_instruct", "test", "sft", 252),
+]
+REAL_PATHS = [
+    ("gsm8k/train.jsonl", "sft", 7473),
+    ("gsm8k", "sft", 7473),
+    ("gsm8k/model_solutions_pairs.jsonl", "dpo", 731),
+    ("llamafactory_dpo_en/dpo_en_demo.json", "dpo", 299),
+    ("xstest/xstest_prompts.csv", "ppo", 450),
+    ("tinyshakespeare/input.txt", "pretrain", 1),
+]
 
 
 @needs_real_data
@@ -327,18 +359,19 @@ def test_real_files_load_through_their_cards(name, split, phase, rows):
 
 
 @needs_real_data
-def test_real_files_load_by_path():
-    for path, phase, rows in [("gsm8k/train.jsonl", "sft", 7473), ("gsm8k/model_solutions_pairs.jsonl", "dpo", 731),
-                              ("llamafactory_dpo_en/dpo_en_demo.json", "dpo", 299), ("xstest/xstest_prompts.csv", "ppo", 450),
-                              ("tinyshakespeare/input.txt", "pretrain", 1), ("gsm8k", "sft", 7473)]:  # fmt: skip
-        assert len(load([{"path": str(REAL / path)}], phase=phase).dataset) == rows
+@pytest.mark.parametrize("path, phase, rows", REAL_PATHS)
+def test_real_files_load_by_path(path, phase, rows):
+    assert len(load([{"path": str(REAL / path)}], phase=phase).dataset) == rows
 
 
 @needs_real_data
 def test_shakespeare_is_divided_and_not_changed():
-    parts = [load([{"path": "card:tinyshakespeare", "split": split}], phase="pretrain", data_home=REAL).dataset[0]["text"]
+    path = "card:tinyshakespeare"
+    parts = [load([{"path": path, "split": split}], phase="pretrain", data_home=REAL).dataset
              for split in ("train", "validation", "test")]  # fmt: skip
-    assert "".join(parts) == (REAL / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    assert "".join(part[0]["text"] for part in parts) == (REAL / "tinyshakespeare" / "input.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 BUILT_IN = [("cpython_docs", "pretrain"), ("sums_text", "pretrain"), ("sums_sft", "sft"), ("sums_pairs", "dpo"),

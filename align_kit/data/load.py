@@ -5,6 +5,7 @@ Each entry of `datasets:` has TRL's shape plus our `weight`, `format`, `max_samp
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,8 +16,11 @@ from align_kit import cards
 from align_kit.cards import Card
 from align_kit.data import read, shapes
 from align_kit.data.digest import rows_digest
+from align_kit.data.mix import mix, train_test
 from align_kit.data.shapes import Row, Shape
 from align_kit.errors import UserError, unknown
+
+__all__ = ["SPEC_KEYS", "Loaded", "SourceReport", "load", "mix", "to_dataset", "train_test"]
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,6 +29,7 @@ SPEC_KEYS = (
     "path", "name", "data_dir", "data_files", "split", "columns", "fraction",  # TRL's
     "weight", "format", "max_samples", "revision", "prompt_template",
 )  # fmt: skip
+_HUB_KEYS = ("name", "data_dir", "data_files", "revision")
 _BUILDERS = ("json", "csv", "parquet", "text")  # names of load_dataset that mean "read data_files"
 
 
@@ -102,6 +107,8 @@ def load(
     `max_samples` keeps a source's first rows, before mixing. `data_home` overrides `$ALIGN_KIT_DATA`.
     Raises UserError for every mistake in a spec or a file.
     """
+    if phase not in cards.PHASE_KINDS:
+        raise unknown("phase", phase, cards.PHASE_KINDS)
     if not specs:
         raise UserError(f"no data: name a source in datasets, e.g. path: card:{_advice(phase)}")
     sources = [_open(dict(spec), phase, split_default, cards.data_home(data_home)) for spec in specs]
@@ -112,45 +119,10 @@ def load(
     order = mix([len(source.rows) for source in sources], shares, seed=seed, interleave=_weighted(sources))
     rows = [sources[number].rows[row] for number, row in order]
     used = [sum(1 for number, _ in order if number == index) for index in range(len(sources))]
-    reports = tuple(_report(*item) for item in zip(sources, used, shares or [None] * len(sources), strict=True))
+    reports = tuple(
+        _report(source, used[place], shares[place] if shares else None) for place, source in enumerate(sources)
+    )
     return Loaded(to_dataset(kind, rows), kind, reports, rows_digest(rows))
-
-
-def mix(counts: Sequence[int], shares: Sequence[float] | None, *, seed: int, interleave: bool) -> list[tuple[int, int]]:
-    """Return the mixture as (source, row) numbers; see `load` for the rule. The same arguments give the same list."""
-    import numpy as np
-
-    if shares is None:
-        return [(source, row) for source, count in enumerate(counts) for row in range(count)]
-    total = min(count / share for count, share in zip(counts, shares, strict=True))
-    sizes = [min(round(share * total), count) for share, count in zip(shares, counts, strict=True)]
-    if not interleave:
-        return [(source, row) for source, size in enumerate(sizes) for row in range(size)]
-    placed = []
-    for source, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        rows = np.sort(np.random.default_rng([seed, source]).permutation(count)[:size])
-        placed += [((place + 0.5) / size, source, int(row)) for place, row in enumerate(rows)]
-    return [(source, row) for _, source, row in sorted(placed)]
-
-
-def train_test(dataset: Dataset, test_split_size: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Return (train, test): `test_split_size` is a share below 1 or a number of rows; both keep the data's order.
-
-    Raises UserError when either side would be empty.
-    """
-    import numpy as np
-
-    rows = len(dataset)
-    size = round(rows * test_split_size) if test_split_size < 1 else int(test_split_size)
-    if not 0 < size < rows:
-        raise UserError(
-            f"test_split_size {test_split_size} of {rows} rows leaves {max(rows - size, 0)} and {size}; "
-            "give a share between 0 and 1 or fewer rows, or slice the source (split: train[:90%])"
-        )
-    chosen = np.random.default_rng(seed).permutation(rows)[:size]
-    held = np.zeros(rows, dtype=bool)
-    held[chosen] = True
-    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
 
 
 def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
@@ -206,6 +178,10 @@ def _settle(source: _Source, spec: dict[str, Any]) -> _Source:
     if named:
         shape = replace(shape, columns={**shape.columns, **named})
     if "prompt_template" in spec:
+        if not cards.is_template(str(spec["prompt_template"])):
+            raise UserError(
+                f"prompt_template {spec['prompt_template']!r} must be 'chat' or a text that holds {{prompt}}"
+            )
         shape = replace(shape, prompt_template=spec["prompt_template"])
     source.shape = shape
     source.rows = source.rows[: _positive(spec, "max_samples", int) or len(source.rows)]
@@ -221,6 +197,7 @@ def _named(columns: Mapping[str, str], row: Row) -> Shape:
 
 def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> _Source:
     block = card.block
+    _refuse(spec, ("data_files",) if block.source.kind == "hub" else _HUB_KEYS, f"card:{card.name}")
     ours = cards.parse_slice(split)[0]
     if ours not in block.splits:
         raise unknown(f"split of card {card.name}", ours, block.splits)
@@ -229,19 +206,30 @@ def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
     shape = Shape(block.format, dict(block.columns), block.prompt_template)
     source = _Source(where, split, [], shape, card.licences, card.warnings(), card_weight=block.weight)
     if block.source.kind == "builtin":
-        from align_kit.data import embedded
-
-        source.rows = read.cut(list(embedded.rows(block.source.path, theirs)), [split])
-        source.facts = embedded.facts(block.source.path)
+        source.rows, source.facts = _builtin(block.source.path, theirs, split)
     else:
         source.rows = _card_rows(card, spec, split, phase, home)
     source.rows = source.rows[: block.max_samples or len(source.rows)] if "max_samples" not in spec else source.rows
     return source
 
 
+def _builtin(name: str, theirs: str, split: str) -> tuple[list[Row], dict[str, str]]:
+    from align_kit.data import embedded
+
+    return read.cut(list(embedded.rows(name, theirs)), [split]), _builtin_facts(name)
+
+
+@functools.cache
+def _builtin_facts(name: str) -> dict[str, str]:
+    from align_kit.data import embedded
+
+    return embedded.facts(name)  # it hashes the whole set; once a process is enough
+
+
 def _card_rows(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> list[Row]:
     origin, ours = card.block.source, cards.parse_slice(split)[0]
-    file = cards.local_file(card, ours, home)
+    # A spec that asks for another configuration of a hub set does not mean the files the card knows.
+    file = None if any(key in spec for key in _HUB_KEYS) else cards.local_file(card, ours, home)
     theirs = card.block.splits[ours]
     if file is not None:
         local = theirs if origin.kind == "file" else origin.local[ours]
@@ -258,9 +246,9 @@ def _card_rows(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
     try:
         return read.read_hub(origin.path, cards.parse_slice(theirs)[0], [theirs, split], **hub)
     except UserError as error:
-        local = " or set ALIGN_KIT_DATA to a folder with its files;" if origin.local else ""
+        local = f", or set ALIGN_KIT_DATA to a folder with {origin.local[ours]}" if ours in origin.local else ""
         raise UserError(
-            f"card:{card.name}: {error}; go online,{local} without a download, use {_alternative(phase)}"
+            f"card:{card.name}: {error}; go online{local}; without a download, use {_alternative(phase)}"
         ) from None
 
 
@@ -300,6 +288,12 @@ def _read_local(path: str, spec: dict[str, Any], split: str) -> list[Row]:
     return read.read_files([base / file for file in listed], [split])
 
 
+def _refuse(spec: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        if key in spec:
+            raise UserError(f"{where}: {key} does not apply, the card says where its rows are; drop it")
+
+
 def _selected(row: Row, columns: Sequence[str], where: str) -> Row:
     for name in columns:
         if name not in row:
@@ -307,7 +301,7 @@ def _selected(row: Row, columns: Sequence[str], where: str) -> Row:
     return {name: row[name] for name in columns}
 
 
-def _positive(spec: dict[str, Any], key: str, kind: type) -> Any:
+def _positive(spec: dict[str, Any], key: str, kind: type[int] | type[float]) -> Any:
     value = spec.get(key)
     if value is None:
         return None

@@ -65,7 +65,7 @@ def require_file(path: Path) -> None:
 
 def _lines(path: Path) -> list[str]:
     require_file(path)
-    return _decoded(path).splitlines(keepends=True)
+    return list(io.StringIO(_decoded(path), newline="\n"))
 
 
 def _decoded(path: Path) -> str:

@@ -94,7 +94,7 @@ class Renderer:
         return masked
 
     def _marked(self, messages: list[Row], row: Row) -> tuple[Ids, list[int]]:
-        out = self.tokenizer.apply_chat_template(
+        out: Any = self.tokenizer.apply_chat_template(
             _clean(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._options(row)
         )
         return list(out["input_ids"]), list(out["assistant_masks"])
@@ -159,12 +159,13 @@ class Renderer:
 
         options = self._options(row)
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 _clean(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except (TemplateError, TypeError) as error:  # TypeError: a template that joins content which is null
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+        return str(text)
 
     def _encode(self, texts: Sequence[str], *, special: bool = True) -> list[Ids]:
         if not texts:

@@ -62,7 +62,7 @@ def _language(
     """Truncate one language row as TRL does, count it, and yield it unless nothing trained is left."""
     limit = options.max_length
     trained = sum(mask)
-    report.unended += not renderer.ends([token for token, kept in zip(ids[-8:], mask[-8:], strict=True) if kept])
+    report.unended += not renderer.ends([token for token, kept in zip(ids, mask, strict=True) if kept])
     if limit is not None and len(ids) > limit:
         if options.truncation_mode == "drop":
             report.drop(TOO_LONG)
@@ -122,7 +122,7 @@ def _prompt_rows(
 def _fit(
     split: Split, renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
 ) -> tuple[Ids, list[Ids]] | None:
-    """Cut a prompt and its completions to max_length together, count it, and return None for a row to drop.
+    """Cut a prompt and its completions to max_length, count the row, and return None where it is dropped.
 
     `keep_start` cuts each completion's end, as TRL does. `keep_end` cuts the prompt's start, by what the longest
     completion needs: the completions keep one prompt, where TRL gives each its own.
@@ -134,19 +134,23 @@ def _fit(
     report.unended += not all(renderer.ends(ids) for ids in completions)
     if limit is not None and len(prompt) + longest > limit:
         if options.truncation_mode == "drop":
-            return report.drop(TOO_LONG)
+            report.drop(TOO_LONG)
+            return None
         if options.truncation_mode == "keep_end":
             if longest >= limit:
-                return report.drop(NO_PROMPT_LEFT)
+                report.drop(NO_PROMPT_LEFT)
+                return None
             prompt = prompt[longest - limit :]
         else:
             if len(prompt) >= limit:
-                return report.drop(PROMPT_FILLS)
+                report.drop(PROMPT_FILLS)
+                return None
             completions = [ids[: limit - len(prompt)] for ids in completions]
             report.cut_completions += 1
         report.cut += 1
     if not prompt or not all(completions):
-        return report.drop(NOTHING_TRAINED)
+        report.drop(NOTHING_TRAINED)
+        return None
     trained = sum(map(len, completions))
     report.keep(len(prompt) * len(completions) + trained, trained, len(prompt) + max(map(len, completions)))
     return prompt, completions

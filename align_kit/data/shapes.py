@@ -349,5 +349,7 @@ def _templated(row: Row, template: str | None) -> Row:
         return row
     if template != "chat":
         return {**row, "prompt": template.replace("{prompt}", row["prompt"])}
-    answers = {name: _as_turns(row[name], "assistant") for name in ("completion", "chosen", "rejected") if name in row}
+    answers: Row = {
+        name: _as_turns(row[name], "assistant") for name in ("completion", "chosen", "rejected") if name in row
+    }
     return {**row, "prompt": _as_turns(row["prompt"], "user"), **answers}

@@ -36,24 +36,24 @@ def fetch(
     """
     from filelock import FileLock
 
-    found = _read(entry)
+    found = read(entry)
     if found is not None:
         return (*found, True)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_name(f".{entry.name}.lock")):
-            found = _read(entry)
+            found = read(entry)
             if found is not None:
                 return (*found, True)
             _build(entry, columns, build)
     except OSError as error:
         raise UserError(f"cannot write tokenised data to {entry.parent}: {error.strerror or error}") from None
-    found = _read(entry)
+    found = read(entry)
     assert found is not None, f"{entry} was written and does not read back"
     return (*found, False)
 
 
-def _read(entry: Path) -> tuple[Dataset, dict[str, Any]] | None:
+def read(entry: Path) -> tuple[Dataset, dict[str, Any]] | None:
     """Return what `entry` holds, or None where it is absent or not what was written."""
     from datasets import Dataset
 
@@ -89,14 +89,14 @@ def _build(entry: Path, columns: dict[str, str], build: Callable[[Write], dict[s
 def _place(draft: Path, entry: Path) -> None:
     """Rename `draft` to `entry`; a damaged folder in the way is removed, a good one from another machine kept."""
     draft.chmod(0o755)  # mkdtemp's folders are private; the cache is shared
-    if entry.exists() and _read(entry) is None:
+    if entry.exists() and read(entry) is None:
         doomed = Path(tempfile.mkdtemp(prefix=f".{entry.name}.damaged.", dir=entry.parent))
         os.rename(entry, doomed / "entry")
         shutil.rmtree(doomed, ignore_errors=True)
     try:
         os.rename(draft, entry)
     except OSError:
-        if _read(entry) is None:
+        if read(entry) is None:
             raise
 
 

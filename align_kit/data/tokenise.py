@@ -45,8 +45,7 @@ def tokenise(
     """
     if kind not in ROW_MAKERS:
         raise unknown("row kind", kind, ROW_MAKERS)
-    if options.packing and kind != "text":
-        raise UserError(f"packing joins text rows, these are {kind} rows; set packing: false")
+    _check_fit(kind, options)
     key = cache_key(dataset, kind, tokenizer, options)
 
     def build(write: Callable[[dict[str, list[Any]]], None]) -> dict[str, Any]:
@@ -60,6 +59,14 @@ def tokenise(
 
     rows, stored, cached = store.fetch(Path(cache_dir) / key, _COLUMNS[kind], build)
     return rows, TokeniseReport(**{**stored, "cached": cached})
+
+
+def _check_fit(kind: str, options: TokeniseOptions) -> None:
+    if options.packing and kind != "text":
+        raise UserError(f"packing joins text rows, these are {kind} rows; set packing: false")
+    if options.completion_only_loss and kind in ("text", "messages"):
+        also = ", or assistant_only_loss" if kind == "messages" else ""
+        raise UserError(f"completion_only_loss needs prompt and completion, these are {kind} rows; drop it{also}")
 
 
 def pack(dataset: Dataset, max_length: int, eos: int) -> tuple[Dataset, TokeniseReport]:

@@ -1,0 +1,55 @@
+# `make demo` and `make test` set everything up by themselves; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+ARGS ?=
+# One target per recipe: a test holds recipes/ and the registry to the same names.
+PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
+
+# Everything a run writes stays in this folder.
+export ALIGN_KIT_CACHE ?= $(CURDIR)/runs/.cache
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/runs/.extensions
+
+.PHONY: help setup demo test check lint wheel clean $(PHASES)
+
+help: ## list the targets
+	@echo "targets (ARGS='--key value …' is passed on, RANKS=$(RANKS) sets the ranks of a phase):"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@for phase in $(PHASES); do sed -n '1s/^"""\(.*\)$$/  '$$phase'\t\1/p' recipes/$$phase.py; done | expand -t 14
+
+setup: $(VENV)/.ready ## make the virtual environment once; a second call only looks
+
+# torch first: DeepSpeed's build looks for it, and an unpinned one pulls gigabytes.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or give PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,wandb]'
+	@touch $@
+
+demo: setup ## pretrain -> SFT -> DPO on the embedded data, two ranks, with a table of what each phase brought
+	@$(BIN)/align-kit demo $(ARGS)
+
+test: setup ## the whole test suite
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup lint ## lint, types, floors and the fast tests
+	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+wheel: setup ## build dist/*.whl
+	@$(BIN)/python -m build --wheel --no-isolation -q .
+
+clean: ## remove the environment, runs and builds
+	rm -rf $(VENV) runs build dist *.egg-info
+
+$(PHASES): setup
+	@$(BIN)/align-kit launch --nproc_per_node $(RANKS) $@ $(ARGS)

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests: the warm ranks, the built-in tiny model on disk, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """One warm process for the session, from which every run forks its ranks."""
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; the test skips where there is none."""
+    place = Path(os.environ.get("ALIGN_KIT_DATA") or ROOT.parent / "shared" / "data")
+    if not place.is_dir():
+        pytest.skip(f"no real data at {place}; set ALIGN_KIT_DATA")
+    return place
