@@ -139,7 +139,7 @@ class Card:
 
 
 def is_template(text: str) -> bool:
-    """Tell whether `text` can be a prompt template: `chat`, or a text that holds {prompt} ("{prompt}" changes nothing)."""
+    """Tell whether `text` is a prompt template: `chat`, or a text that holds {prompt} (alone it changes nothing)."""
     return text == "chat" or "{prompt}" in text
 
 

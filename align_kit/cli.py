@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    except BrokenPipeError:  # the reader has seen enough, as in `align-kit dpo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _command(name: str, rest: list[str]) -> int:
@@ -64,7 +68,7 @@ def _cards() -> int:
 
     for name in cards.card_names():
         card = cards.load_card(name)
-        print(f"{name:<24} {', '.join(card.block.phases):<20} {', '.join(card.licences):<14} {card.pretty_name}")
+        print(f"{name:<24} {', '.join(card.block.phases):<30} {', '.join(card.licences):<18} {card.pretty_name}")
     return 0
 
 

@@ -106,7 +106,10 @@ def naming_memory(plan: Plan) -> Iterator[None]:
 def _way_out(plan: Plan) -> str:
     fewer = plan.smaller()
     if fewer is None:
-        return "the micro-batch is 1 already: use --gradient_checkpointing true, a shorter --max_length, or --deepspeed zero3_offload"
+        return (
+            "the micro-batch is 1 already: use --gradient_checkpointing true, a shorter --max_length, or "
+            "--deepspeed zero3_offload"
+        )
     return (
         f"try --per_device_train_batch_size {fewer.per_device} --gradient_accumulation_steps {fewer.accumulation} "
         f"(the same {fewer.global_batch} per step)"

@@ -21,7 +21,8 @@ OPTIONS = {
 def launch(argv: Sequence[str]) -> int:
     """Start the ranks of a recipe and return 0, 2 after a user's mistake, or 1.
 
-    `argv` is `[--nproc_per_node N …] <recipe> [the recipe's own words]`. Raises `UserError` for a word it does not know.
+    `argv` is `[--nproc_per_node N …] <recipe> [the recipe's own words]`. Raises `UserError` for an option it
+    does not know.
     """
     options, recipe, rest = _split(list(argv))
     registry.get(recipe)

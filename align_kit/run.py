@@ -34,12 +34,12 @@ def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None 
 
 def execute(recipe: Recipe, config: Config) -> None:
     """Carry out a resolved configuration; raises `UserError` for what the user can mend."""
-    from align_kit import stages
+    from align_kit import narrate, stages
 
     engine = stages.start(config)
     plan = stages.batch(config)
     if config.run.dry_run:
-        log.say(dry_run_text(config, plan, engine.config, unit=recipe.unit))
+        log.say(dry_run_text(config, plan, stages.shown(config, engine, plan), unit=recipe.unit))
         return
     began = time.monotonic()
     with stages.process_group(config, engine, plan) as args:
@@ -51,12 +51,12 @@ def execute(recipe: Recipe, config: Config) -> None:
         policy = stages.policy(start, config, args)
         frozen = stages.frozen(recipe, start, policy, config, args, home)
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
-        stages.record(recipe, config, home, start, rows, frozen, plan, args)
-        stages.header(recipe, engine, start, rows, frozen, plan, args, home)
+        narrate.record(recipe, config, home, start, rows, frozen, plan, args)
+        narrate.header(recipe, engine, start, rows, frozen, plan, args, home)
         with failures.naming_memory(plan):
             trainer.train(resume_from_checkpoint=str(home.resume_from) if home.resume_from else None)
-        saved = stages.save(trainer, rows, home)
-        stages.footer(trainer, saved, home, time.monotonic() - began)
+        saved = narrate.save(trainer, rows, home)
+        narrate.footer(trainer, saved, home, time.monotonic() - began)
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
 from align_kit.data.report import TokeniseOptions
 from align_kit.errors import UserError
 from align_kit.models import load, lora, source
+from align_kit.models.source import Source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 
@@ -46,6 +46,19 @@ def start(config: Config) -> Engine:
     for line in machine.check_locks(zero.needs_build(engine), os.environ):
         log.warn(line)
     return Engine(engine, label, precision)
+
+
+def shown(config: Config, engine: Engine, plan: BatchPlan) -> dict[str, Any]:
+    """Return the engine configuration as `--dry-run` shows it: what does not wait for the model is filled in."""
+    values = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.per_device,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.value("max_grad_norm"),
+        "bf16.enabled": engine.precision == "bf16",
+        "fp16.enabled": engine.precision == "fp16",
+    }
+    return zero.filled(engine.config, values)
 
 
 def _precision(config: Config) -> str:
@@ -105,10 +118,10 @@ def open_home(config: Config, args: Any) -> RunFolder:
 class Start:
     """The policy's start: its source and digest, and a sentence that says why this one."""
 
-    source: source.Source
+    source: Source
     digest: str
     why: str
-    tokenizer: source.Source
+    tokenizer: Source
     recorded: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,7 +146,7 @@ def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
     return _start(where, why, config)
 
 
-def _start(where: source.Source, why: str, config: Config) -> Start:
+def _start(where: Source, why: str, config: Config) -> Start:
     tokenizer = config.model.tokenizer_name
     words = source.resolve(tokenizer, random=True, option="tokenizer_name") if tokenizer else where
     return Start(where, source.digest(where, seed=config.value("seed")), why, words)
@@ -150,12 +163,12 @@ def _recorded_start(policy: dict[str, Any], config: Config) -> Start:
     return start
 
 
-def _why_named(where: source.Source) -> str:
+def _why_named(where: Source) -> str:
     manifest = run_folder.read_manifest(frozen_models.of_run(where.folder))
     return f"{manifest['phase']} run" if manifest else "as configured"
 
 
-def _previous_phase(recipe: Recipe, config: Config) -> tuple[source.Source, str]:
+def _previous_phase(recipe: Recipe, config: Config) -> tuple[Source, str]:
     output, asked = Path(config.value("output_dir")), config.run.starts_from
     if asked and Path(asked).is_dir():
         return source.resolve(asked, option="starts_from"), _why_named(source.resolve(asked))
@@ -320,102 +333,3 @@ def trainer(
     if config.run.early_stopping_patience:
         made.add_callback(EarlyStoppingCallback(config.run.early_stopping_patience))
     return made
-
-
-# --- what a run says and leaves ---------------------------------------------------------------------------
-
-
-def record(
-    recipe: Recipe,
-    config: Config,
-    home: RunFolder,
-    start: Start,
-    rows: Prepared,
-    frozen: dict[str, frozen_models.Frozen],
-    plan: BatchPlan,
-    args: Any,
-) -> None:
-    """Write the manifest of the run that begins: everything a result depends on."""
-    if args.process_index != 0:
-        return
-    home.write(
-        format=1,
-        phase=recipe.name,
-        status="running",
-        config=config.as_dict(),
-        origin=config.origin,
-        versions=machine.versions(),
-        git=machine.git_revision(),
-        seed=args.seed,
-        world_size=plan.world_size,
-        batch=asdict(plan),
-        engine=args.hf_deepspeed_config.config,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        data=rows.accounts(),
-        policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
-        frozen={role: held.identity.as_dict() for role, held in frozen.items()},
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    )
-
-
-def header(
-    recipe: Recipe,
-    engine: Engine,
-    start: Start,
-    rows: Prepared,
-    frozen: dict[str, frozen_models.Frozen],
-    plan: BatchPlan,
-    args: Any,
-    home: RunFolder,
-) -> None:
-    """Say what was derived and why, before the first step."""
-    ranks = f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
-    log.say(
-        f"align_kit {recipe.name}: {ranks} on {machine.device_name()}, {engine.precision}, ZeRO-{engine.stage} ({engine.label})"
-    )
-    log.say(f"  policy     {start.source.name} ({start.why}, digest {start.digest[:12]})")
-    for role, held in frozen.items():
-        who = held.identity
-        log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")
-    log.say(f"  data       {rows.train.sentence()}")
-    for line in rows.train.warnings:
-        log.warn(line)
-    steps = args.max_steps if args.max_steps > 0 else int((plan.steps_per_epoch or 1) * args.num_train_epochs)
-    epochs = steps / (plan.steps_per_epoch or 1)
-    log.say(
-        f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
-    )
-    resumed = f", going on from {home.resume_from}" if home.resume_from else ""
-    log.say(f"  output     {home.path}{resumed}")
-
-
-def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
-    """Store and verify the final model; a frozen model that changed fails the run here at the latest."""
-    from align_kit.trainers.save import save_final
-
-    trainer.check_frozen("at the end of training")
-    probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train.rows[0]])
-    return save_final(trainer, home.path, probe)
-
-
-def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
-    """Close the manifest and say what came out and where it is."""
-    if saved is None:
-        return
-    from align_kit.telemetry.progress import clock
-
-    latest = {name: value for name, value in trainer.progress.latest.items() if isinstance(value, float)}
-    home.write(
-        status=run_folder.FINISHED,
-        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        seconds=round(seconds, 1),
-        steps=trainer.state.global_step,
-        result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
-    )
-    shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
-    speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s"
-    log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
-    log.say(
-        f"saved and verified: {home.path} ({saved.size / 1e6:.1f} MB, digest {saved.digest[:12]}, re-opened logits "
-        f"within {saved.logit_gap:.1g})"
-    )

@@ -287,6 +287,19 @@ def frozen_config(policy: Mapping[str, Any], hidden_size: int | None = None) -> 
     return config
 
 
+def filled(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with its "auto" entries replaced by `values` (dotted names), to show what a run will use."""
+    shown = copy.deepcopy(dict(config))
+    for dotted, value in values.items():
+        *path, last = dotted.split(".")
+        node = shown
+        for part in path:
+            node = node.get(part, {})
+        if node.get(last) == "auto":
+            node[last] = value
+    return shown
+
+
 def _sizes(hidden_size: int) -> dict[str, int]:
     """Return transformers' values for the bucket and persistence sizes (in elements) that are "auto"."""
     square = hidden_size * hidden_size

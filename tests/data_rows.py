@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,15 @@ def chat_tokenizer(template: str | None, eos: str = "<|im_end|>") -> PreTrainedT
     backend = Tokenizer.from_str(_backend())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token="<|pad|>", bos_token=BOS)
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def bos_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Return the same tokenizer, putting BOS before every string as Llama's does."""
+    tokenizer = chat_tokenizer(template, eos="<|eot_id|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 

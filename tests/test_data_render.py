@@ -16,7 +16,7 @@ from align_kit.data.load import to_dataset
 from align_kit.data.render import Renderer, common_prefix
 from align_kit.data.tokenise import TokeniseOptions, tokenise
 from align_kit.errors import UserError
-from tests.data_rows import CHATS, STRINGS, assistant, chat_tokenizer, trl_template, user
+from tests.data_rows import CHATS, STRINGS, assistant, bos_tokenizer, chat_tokenizer, trl_template, user
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 TOOL_CHAT = [
@@ -95,6 +95,16 @@ def test_whole_sequence_loss_equals_trl(rows, tmp_path):
     tokenizer = chat_tokenizer(trl_template("qwen2_5"))
     mine, _ = ours(completions(rows), "prompt_completion", tokenizer, tmp_path, completion_only_loss=False)
     same_language(mine, trl_sft(completions(rows), tokenizer, completion_only=False))
+
+
+@pytest.mark.parametrize("rows", [STRINGS, CHATS], ids=["strings", "chats"])
+def test_a_tokenizer_that_adds_bos_writes_one(rows, tmp_path):
+    """A string gets the tokenizer's BOS, a conversation the one its template writes; neither gets two."""
+    tokenizer = bos_tokenizer(trl_template("llama3"))
+    mine, _ = ours(completions(rows), "prompt_completion", tokenizer, tmp_path)
+    same_language(mine, trl_sft(completions(rows), tokenizer))
+    assert all(ids.count(tokenizer.bos_token_id) == 1 == ids[0:1].count(tokenizer.bos_token_id) for ids in
+               mine["input_ids"])  # fmt: skip
 
 
 def test_text_and_messages_equal_trl(tmp_path):

@@ -26,6 +26,7 @@ def warm() -> None:
     for name in (
         "align_kit.run",
         "align_kit.stages",
+        "align_kit.narrate",
         "align_kit.trainers.language",
         "align_kit.trainers.preference",
         "align_kit.trainers.save",

@@ -12,6 +12,7 @@ from align_kit.models.source import Source
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -119,6 +120,15 @@ def _merged(source: Source, dtype: torch.dtype, attention: str | None, trust_rem
         base = _stored_model(source.weights, torch.float32, attention, trust_remote_code)
         merged = PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
     return merged.to(dtype)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0, an adapter's too: what TRL's `disable_dropout` does."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 @contextmanager

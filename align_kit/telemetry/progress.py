@@ -11,15 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from align_kit import log
+from align_kit.telemetry.clock import clock
 
 LINES = 10  # how many progress lines a run prints where there is no terminal
-
-
-def clock(seconds: float) -> str:
-    """Return `seconds` as `m:ss`, or `h:mm:ss` from an hour on."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Progress(TrainerCallback):
@@ -44,6 +38,8 @@ class Progress(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step is never left out, whatever logging_steps says
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit.frozen import Frozen
+from align_kit.models.load import disable_dropout
 
 
 @dataclass
@@ -58,13 +59,18 @@ class PhaseTrainer(Trainer):
     A subclass gives `collator`, `batch_loss` and `counts`; `frozen` are the run's frozen models by role.
     """
 
+    args: Any  # the phase's own config class, such as trl's DPOConfig
+    model: Any
+    model_wrapped: Any
     headline: tuple[str, ...] = ("loss", "eval_loss")  # what the footer of a run shows
 
     def __init__(
-        self, *, args: Any, processing_class: Any, frozen: Mapping[str, Frozen] | None = None, **kw: Any
+        self, *, model: Any, args: Any, processing_class: Any, frozen: Mapping[str, Frozen] | None = None, **kw: Any
     ) -> None:
         collate = self.collator(processing_class, args)
-        super().__init__(args=args, processing_class=processing_class, data_collator=collate, **kw)
+        if getattr(args, "disable_dropout", False):
+            disable_dropout(model)
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collate, **kw)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
         self.frozen = dict(frozen or {})
         self.tallies = Tallies()
@@ -152,7 +158,8 @@ class PhaseTrainer(Trainer):
                 tallies.add({"loss": (outcome.total, outcome.items), **outcome.tallies})
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in tallies.drain(self.accelerator).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+        nothing = cast(Any, None)  # predictions stay where they were made
+        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
     def _without_repeats(self, dataloader: Any) -> Iterator[dict[str, Any]]:
         """Yield this rank's batches, each with "keep": how many of its first items count.

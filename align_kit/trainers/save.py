@@ -116,7 +116,7 @@ def _is_stored(tensor: Tensor, name: str, stored: Mapping[str, Tensor]) -> bool:
 
 def _compare(folder: Path, probe: Mapping[str, Tensor], live: Tensor, dtype: torch.dtype) -> float:
     """Return the greatest difference of a logit between the re-opened model and the live one, within tolerance."""
-    reopened: Any = reopen(folder, dtype)
+    reopened = reopen(folder, dtype)
     with torch.no_grad():
         logits = reopened(input_ids=probe["input_ids"], attention_mask=probe["attention_mask"]).logits.float()
     real = probe["attention_mask"].bool()
@@ -135,7 +135,7 @@ def reopen(folder: Path, dtype: torch.dtype) -> Any:
 
     where = source.resolve(str(folder))
     with load.plain_transformers():
-        model = AutoModelForCausalLM.from_pretrained(str(where.weights.folder), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(where.weights.folder), dtype=dtype)
         if where.is_adapter:
             from peft import PeftModel
 

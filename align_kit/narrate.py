@@ -1,0 +1,109 @@
+"""What a run says and leaves behind: its manifest, header and footer, and the verified final model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from align_kit import frozen as frozen_models
+from align_kit import log, machine, run_folder
+from align_kit.config import BatchPlan, Config
+from align_kit.data.prepare import Prepared
+from align_kit.registry import Recipe
+from align_kit.run_folder import RunFolder
+from align_kit.stages import Engine, Start
+from align_kit.telemetry.clock import clock
+
+
+def record(
+    recipe: Recipe,
+    config: Config,
+    home: RunFolder,
+    start: Start,
+    rows: Prepared,
+    frozen: dict[str, frozen_models.Frozen],
+    plan: BatchPlan,
+    args: Any,
+) -> None:
+    """Write the manifest of the run that begins: everything a result depends on."""
+    if args.process_index != 0:
+        return
+    home.write(
+        format=1,
+        phase=recipe.name,
+        status="running",
+        config=config.as_dict(),
+        origin=config.origin,
+        versions=machine.versions(),
+        git=machine.git_revision(),
+        seed=args.seed,
+        world_size=plan.world_size,
+        batch=asdict(plan),
+        engine=args.hf_deepspeed_config.config,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        data=rows.accounts(),
+        policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
+        frozen={role: held.identity.as_dict() for role, held in frozen.items()},
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def header(
+    recipe: Recipe,
+    engine: Engine,
+    start: Start,
+    rows: Prepared,
+    frozen: dict[str, frozen_models.Frozen],
+    plan: BatchPlan,
+    args: Any,
+    home: RunFolder,
+) -> None:
+    """Say what was derived and why, before the first step."""
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
+    where = f"{ranks} on {machine.device_name()}"
+    log.say(f"align_kit {recipe.name}: {where}, {engine.precision}, ZeRO-{engine.stage} ({engine.label})")
+    log.say(f"  policy     {start.source.name} ({start.why}, digest {start.digest[:12]})")
+    for role, held in frozen.items():
+        who = held.identity
+        log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")
+    log.say(f"  data       {rows.train.sentence()}")
+    for line in rows.train.warnings:
+        log.warn(line)
+    steps = args.max_steps if args.max_steps > 0 else int((plan.steps_per_epoch or 1) * args.num_train_epochs)
+    epochs = steps / (plan.steps_per_epoch or 1)
+    log.say(
+        f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
+    )
+    resumed = f", going on from {home.resume_from}" if home.resume_from else ""
+    log.say(f"  output     {home.path}{resumed}")
+
+
+def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
+    """Store and verify the final model; a frozen model that changed fails the run here at the latest."""
+    from align_kit.trainers.save import save_final
+
+    trainer.check_frozen("at the end of training")
+    probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train.rows[0]])
+    return save_final(trainer, home.path, probe)
+
+
+def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
+    """Close the manifest and say what came out and where it is."""
+    if saved is None:
+        return
+    latest = {name: value for name, value in trainer.progress.latest.items() if isinstance(value, float)}
+    home.write(
+        status=run_folder.FINISHED,
+        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        seconds=round(seconds, 1),
+        steps=trainer.state.global_step,
+        result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
+    )
+    shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
+    speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s"
+    log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
+    log.say(
+        f"saved and verified: {home.path} ({saved.size / 1e6:.1f} MB, digest {saved.digest[:12]}, re-opened logits "
+        f"within {saved.logit_gap:.1g})"
+    )

@@ -1,0 +1,31 @@
+"""Little inputs for real runs: a handful of rows, and the words that make a run last two steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS = {
+    "pretrain": {"text": "Ann had 12 pens and bought 30 more. How many pens has she now? " * 8},
+    "sft": {"prompt": "Ann had 12 pens and bought 30 more. How many pens are there?\n", "completion": "#### 42"},
+    "dpo": {"prompt": "Ann had 12 pens and bought 30 more.\n", "chosen": "2 + 0 = 2\n#### 42", "rejected": "#### 7"},
+}
+# Random weights of the built-in model, two steps of two rows a rank, nothing stored but the final model.
+TWO_STEPS = (
+    *("--config_name", "builtin:tiny", "--max_length", "64", "--max_steps", "2"),
+    *("--per_device_train_batch_size", "2", "--output_dir", "out"),
+)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `rows` as JSON lines and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> list[str | Path]:
+    """Return the command line of a two-step run of `phase` on `rows` rows of its own in `folder`."""
+    data = write_rows(folder / f"{phase}.jsonl", [ROWS[phase]] * rows)
+    return [phase, *TWO_STEPS, "--datasets", json.dumps([{"path": str(data)}]), *more]
