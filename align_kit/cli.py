@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from align_kit import __version__, registry
+from align_kit import __version__, log, registry
 from align_kit.errors import EXIT_CODE, UserError, unknown
 
 USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value ...]
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(words[0], words[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if log.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except BrokenPipeError:  # the reader has seen enough, as in `align-kit dpo --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

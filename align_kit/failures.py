@@ -48,20 +48,28 @@ def in_one_line() -> Iterator[Outcome]:
     except Exception as error:
         if not any(echo in str(error) for echo in PEER_ENDED):
             raise
-        print(f"rank {log.rank()} stopped: another rank ended first", file=sys.stderr, flush=True)
-        outcome.code = 1
+        outcome.code = EXIT_CODE if _has_spoken() else 1
+        if outcome.code == 1:
+            print(f"rank {log.rank()} stopped: another rank ended first", file=sys.stderr, flush=True)
         _leave(outcome.code)
 
 
 def _speaks_first() -> bool:
     """Tell whether this rank is the first to report: rank 0 before the ranks are joined, then whoever comes first."""
-    store = _store()
-    if store is None:
-        return log.rank() == 0
+    return log.rank() == 0 if _store() is None else _spoken(1) == 1
+
+
+def _has_spoken() -> bool:
+    """Tell whether another rank has reported a user's mistake."""
+    return _store() is not None and _spoken(0) > 0
+
+
+def _spoken(more: int) -> int:
+    """Count `more` reports of a user's mistake and return how many there are; 2 where the count's host has ended."""
     try:
-        return int(store.add(SPOKEN, 1)) == 1
-    except Exception:  # the store's host has ended: it has spoken
-        return False
+        return int(_store().add(SPOKEN, more))
+    except Exception:  # a host that ends by itself has spoken; a launcher that hosts the count outlives its ranks
+        return 2
 
 
 def _store() -> Any:

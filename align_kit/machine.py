@@ -13,18 +13,33 @@ from pathlib import Path
 from align_kit.errors import UserError
 from align_kit.resources import PACKAGE
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STACK = ("torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
 def prepare_process(environ: MutableMapping[str, str]) -> None:
     """Set what a launcher has not: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
-    DeepSpeed looks for MPI where one is missing. Call it before anything imports torch or DeepSpeed.
+    DeepSpeed looks for MPI where one is missing. Call it before anything imports torch or DeepSpeed. Raises
+    `UserError` where a launcher set some of them and not others, or a rank outside the world.
     """
     if "RANK" not in environ:
         environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if problem := _rank_problem(environ):
+        environ.pop("RANK")  # no rank of any group: it speaks for itself
+        raise UserError(f"{problem}; start ranks by align-kit launch, torchrun or accelerate, or unset RANK to run one")
     environ.setdefault("LOCAL_RANK", "0")
     environ.setdefault("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1"))
+
+
+def _rank_problem(environ: Mapping[str, str]) -> str | None:
+    missing = [name for name in LAUNCHER if name not in environ]
+    if missing:
+        return f"RANK is set in the environment without {', '.join(missing)}"
+    rank, world = environ["RANK"], environ["WORLD_SIZE"]
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        return f"RANK={rank} is no rank of WORLD_SIZE={world}"
+    return None
 
 
 def free_port() -> int:

@@ -23,8 +23,8 @@ def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None 
     `recipes/<name>.yaml`.
     """
     log.quiet()
-    machine.prepare_process(os.environ)
     with failures.in_one_line() as outcome:
+        machine.prepare_process(os.environ)
         recipe = registry.get(name)
         defaults = Path(config) if config else folder("recipes") / f"{recipe.name}.yaml"
         settings = load(recipe, list(sys.argv[1:] if argv is None else argv), defaults=defaults)

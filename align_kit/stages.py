@@ -43,6 +43,7 @@ def start(config: Config) -> Engine:
     precision = _precision(config)
     zero.check_precision(precision, launch)
     engine, label = zero.choose(config.training.get("deepspeed"), launch)
+    zero.check_buildable(engine, label)
     for line in machine.check_locks(zero.needs_build(engine), os.environ):
         log.warn(line)
     return Engine(engine, label, precision)

@@ -39,7 +39,7 @@ def load(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises `UserError` for an unknown name, unreadable JSON, a key DeepSpeed does not read, or a value it refuses.
     """
     if isinstance(source, Mapping):
-        config, where = copy.deepcopy(dict(source)), "deepspeed"
+        config, where = copy.deepcopy(dict(source)), "`deepspeed:`"
     else:
         path = _find(str(source))
         config, where = _read_json(path), path.name
@@ -348,3 +348,30 @@ def needs_build(config: Mapping[str, Any]) -> list[str]:
     if "nvme" in devices:
         needs.append("async_io")
     return needs
+
+
+def check_buildable(config: Mapping[str, Any], label: str) -> None:
+    """Raise `UserError` where `config` offloads to NVMe and this machine cannot: found before the model loads."""
+    zero = config.get("zero_optimization", {})
+    parts = [zero.get(name, {}) for name in ("offload_optimizer", "offload_param")]
+    for place in {str(part.get("nvme_path")) for part in parts if part.get("device") == "nvme"}:
+        if not _can_be_made(Path(place)):
+            raise UserError(f"{label} offloads to {place}, which cannot be written; let ALIGN_KIT_NVME name a folder")
+    if "async_io" in needs_build(config) and not _has_async_io():
+        raise UserError(
+            f"{label} offloads to NVMe by DeepSpeed's async_io, which cannot be built here: libaio or its headers are "
+            "missing; install libaio-dev (libaio-devel), or use --deepspeed zero3_offload"
+        )
+
+
+def _can_be_made(path: Path) -> bool:
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def _has_async_io() -> bool:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    return bool(installed_ops.get("async_io") or builder.is_compatible(verbose=False))

@@ -1,7 +1,7 @@
-"""A small world for tests: a random Llama of 51,360 parameters, a few dozen rows for each phase, and real runs on them.
+"""A small world for tests: a random Llama of 29,088 parameters, a few dozen rows for each phase, and real runs on them.
 
 A run is made once for each set of options and serves every assertion that asks for it. Nothing here depends on the
-version of Python or on the embedded data, so that stored loss digits stand.
+version of Python, the embedded data or the recipes' own settings, so that stored loss digits stand.
 """
 
 from __future__ import annotations
@@ -21,12 +21,32 @@ from tests.harness import Ranks, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 WORDS = "amber basil cedar delta ember fjord grove heron inlet jetty kelp lagoon marsh north ocean pearl".split()
+SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 GLOBAL_BATCH = 8
+ADDED = "<note>"  # a token of the model's own beside the tokenizer's
+
+# Everything a result depends on, named, so that no default and no recipe's file decides it.
+SETTINGS: dict[str, Any] = {
+    "max_length": 48,
+    "max_steps": 1,
+    "per_device_train_batch_size": GLOBAL_BATCH,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 1024,
+    "vocab_size": 336,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -42,16 +62,37 @@ SIZES: dict[str, Any] = {
 
 
 def write_model(place: Path, *, seed: int = 0, shard_size: str = "5GB", **changes: Any) -> Path:
-    """Save the small Llama (random weights from `seed`) with the built-in tokenizer in `place`."""
+    """Save the small Llama (random weights from `seed`) with its tokenizer in `place`."""
     import torch
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
     model.generation_config = GenerationConfig(eos_token_id=[0, 3], pad_token_id=1, max_new_tokens=17)
     model.save_pretrained(place, max_shard_size=shard_size)
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
     return place
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a byte-level BPE of 320 tokens that knows `WORDS`, one added token, and the built-in chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    end, pad, *turns = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=end, pad_token=pad, additional_special_tokens=turns
+    )
+    tokenizer.chat_template = (TINY / "chat_template.jinja").read_text()
+    tokenizer.add_tokens([ADDED])
+    return tokenizer
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -117,6 +158,13 @@ class Run:
         return self.logged("loss")
 
     @cached_property
+    def live_logits(self) -> Tensor:
+        """The logits that the trained model gave inside the run, on `rank_work.probe_ids()`."""
+        import torch
+
+        return torch.load(self.folder.with_suffix(".live"))  # type: ignore[no-any-return]
+
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The stored tensors: the whole model's, or the adapter's."""
         return read_weights(self.folder)
@@ -153,6 +201,8 @@ class Lab:
         sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.sharded = self.home / "sharded.json"  # every parameter is split between the ranks, however small
         self.sharded.write_text(json.dumps(sharded))
+        self.blank = self.home / "blank.yaml"
+        self.blank.write_text("logging_first_step: true\n")
         self._runs: dict[str, Run] = {}
 
     def kind(self, phase: str) -> str:
@@ -162,15 +212,10 @@ class Lab:
     def options(self, phase: str, **changes: Any) -> dict[str, Any]:
         """Return the options of a short run of `phase` from the small model; `None` in `changes` leaves one out."""
         given = {
+            **SETTINGS,
+            "config": self.blank,
             "model_name_or_path": self.model,
             "datasets": [{"path": self.data[self.kind(phase)]}],
-            "max_length": 48,
-            "max_steps": 1,
-            "per_device_train_batch_size": GLOBAL_BATCH,
-            "learning_rate": 3e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
             **changes,
         }
         if given.get("use_peft"):
@@ -186,10 +231,14 @@ class Lab:
             self._runs[key].result.ok()
         return self._runs[key]
 
-    def start(self, phase: str, place: Path, world_size: int = 2, **changes: Any) -> Run:
-        """Run `phase` into `place`, whatever becomes of it."""
-        options = self.options(phase, output_dir=place, **changes)
-        return Run(place, self.ranks.run(phase, *words(options), world_size=world_size, cwd=self.home))
+    def start(self, phase: str, place: Path, world_size: int = 2, harm: str = "", **changes: Any) -> Run:
+        """Run `phase` into `place`, whatever becomes of it; `harm` names a function of `tests.rank_work`."""
+        argv = [phase, *words(self.options(phase, output_dir=place, **changes))]
+        result = self.ranks.run(
+            world_size=world_size, cwd=self.home, function="tests.rank_work:observed",
+            argv=argv, live=str(place.with_suffix(".live")), harm=harm,
+        )  # fmt: skip
+        return Run(place, result)
 
     def step(self, phase: str, world_size: int = 1, **changes: Any) -> Run:
         """Return a run of one step of plain gradient descent: what its weights moved by is the gradient, times 10."""

@@ -67,7 +67,7 @@ def test_names_and_their_mistakes() -> None:
     ("name", "digest"),
     [
         ("cpython_docs_sample", "f04563d3d7a9ccb0"),
-        ("sums_text", "c89e477d51ffe26f"),
+        ("sums_text", "c4792924aec0c1d3"),
         ("sums_sft", "6ea6d2f63237e01d"),
         ("sums_pairs", "e95f77777502ba3a"),
         ("sums_prompts", "b3f64ed75b19a8ac"),
@@ -93,7 +93,7 @@ def test_work_is_right_in_every_step(a: int, b: int, operator: str) -> None:
     results = []
     for step in steps.split(", "):
         left, result = step.split("=")
-        assert eval(left) == int(result)  # noqa: S307 - digits and signs of our own making
+        assert eval(left) == int(result)  # digits and signs of our own making
         results.append(int(result))
     digits = [result % 10 for result in results[:-1]] + [results[-1]]
     assert sum(digit * 10**place for place, digit in enumerate(digits)) == (a + b if operator == "+" else a - b)
@@ -132,7 +132,7 @@ def test_pretraining_text_does_not_hold_the_task() -> None:
     texts = [row["text"] for row in rows("sums_text", "train")]
     assert not any("####" in text for text in texts)
     assert not any("?" in text and "=" in text for text in texts)
-    assert sum("?" in text for text in texts) == len(texts) / 2
+    assert sum("?" in text for text in texts) == len(texts) / 4
 
 
 def test_seeds_give_other_problems() -> None:

@@ -21,13 +21,13 @@ FLOORS = (
     {"data", "forward", "models", "telemetry"},
     {"frozen", "checkpoint", "plan"},
     {"trainers"},
-    {"registry", "run", "stages"},
+    {"registry", "run", "narrate", "stages"},
     {"launch", "demo", "compare", "report"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-# The one orchestration: `run` tells it, `stages` does it, `registry` is what it is told about.
-ONE_ROOM = {"registry": "run", "stages": "run", "__main__": "cli"}
+# The one orchestration: `run` tells it, `stages` does it, `narrate` says it, `registry` is what it is told about.
+ONE_ROOM = {"registry": "run", "stages": "run", "narrate": "run", "__main__": "cli"}
 # Libraries that only some rooms may know.
 KEPT_IN = {"deepspeed": {"zero", "frozen", "checkpoint", "trainers"}, "trl": {"trainers"}}
 HEAVY = {"torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate", "numpy", "pydantic"}

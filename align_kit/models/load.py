@@ -61,13 +61,19 @@ def load_policy(
     """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
 
     An adapter's weights are merged into its base (see `lora.load_adapter` for going on with it as an adapter).
-    Random weights depend on `seed` only. Raises `UserError` where the files lack tensors of the model.
+    Random weights depend on `seed` only, and so does what is drawn after them. Raises `UserError` where the files lack
+    tensors of the model.
     """
+    from transformers import set_seed
+
     if source.random:
-        return _random_model(source, dtype, seed, overrides, attn_implementation, trust_remote_code)
-    if source.is_adapter:
-        return _merged(source, dtype, attn_implementation, trust_remote_code)
-    return _stored_model(source, dtype, attn_implementation, trust_remote_code, **model_init)
+        model = _random_model(source, dtype, seed, overrides, attn_implementation, trust_remote_code)
+    elif source.is_adapter:
+        model = _merged(source, dtype, attn_implementation, trust_remote_code)
+    else:
+        model = _stored_model(source, dtype, attn_implementation, trust_remote_code, **model_init)
+    set_seed(seed)  # what is drawn next, such as a new adapter, depends on the seed alone
+    return model
 
 
 def _random_model(

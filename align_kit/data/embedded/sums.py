@@ -140,7 +140,7 @@ def pairs(split: str, count: int, seed: int = 0) -> list[Row]:
 
 
 def text(split: str, count: int, seed: int = 0) -> list[Row]:
-    """Return `{"text"}` rows for pretraining: in turn a page of questions without answers and a page of exercises.
+    """Return `{"text"}` rows for pretraining: three pages of exercises, then one of questions without answers.
 
     The exercises carry the digits, the questions the words; what the one has to do with the other, and the answer
     line, is left to fine-tuning.
@@ -148,7 +148,10 @@ def text(split: str, count: int, seed: int = 0) -> list[Row]:
     random = Random(f"text {split} {seed}")
     asked = problems(split, 4 * count, _seed("text", seed))
     pages = [asked[4 * page : 4 * page + 4] for page in range(count)]
-    return [{"text": _questions(page) if i % 2 else _exercises(page, split, random)} for i, page in enumerate(pages)]
+    return [
+        {"text": _questions(page) if number % 4 == 3 else _exercises(page, split, random)}
+        for number, page in enumerate(pages)
+    ]
 
 
 def hurried(problem: Problem, random: Random) -> str:
@@ -192,9 +195,9 @@ def _questions(page: list[Problem]) -> str:
 
 
 def _exercises(page: list[Problem], split: str, random: Random) -> str:
-    """Return eight exercises: those of the page, and as many of plain numbers."""
-    plain = [_problem(random, split) for _ in page]
-    return "\n".join(f"{problem.work}, so {problem.answer}." for problem in (*page, *plain))
+    """Return eight exercises: the four problems of the page without their words, and four more."""
+    more = [_problem(random, split) for _ in page]
+    return "\n".join(f"{problem.work}, so {problem.answer}." for problem in (*page, *more))
 
 
 def _seed(use: str, seed: int) -> int:
