@@ -30,6 +30,8 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
         raise UserError(f"{problem}; start ranks by align-kit launch, torchrun or accelerate, or unset RANK to run one")
     environ.setdefault("LOCAL_RANK", "0")
     environ.setdefault("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1"))
+    # DeepSpeed's own launcher sets it; without it a CPU rank forks `numactl` at every gradient reduction to count.
+    environ.setdefault("LOCAL_SIZE", environ["LOCAL_WORLD_SIZE"])
 
 
 def _rank_problem(environ: Mapping[str, str]) -> str | None:

@@ -248,7 +248,16 @@ def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
 
 
 def policy(start: Start, config: Config, args: Any) -> Any:
-    """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for."""
+    """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for.
+
+    What is "auto" in the engine's configuration and follows from the model's size is filled in.
+    """
+    loaded = _policy(start, config, args)
+    zero.fill_sizes(args.hf_deepspeed_config.config, getattr(loaded.config, "hidden_size", None))
+    return loaded
+
+
+def _policy(start: Start, config: Config, args: Any) -> Any:
     fields = config.model
     overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
     loading = {**_loading(config, args), "overrides": overrides}

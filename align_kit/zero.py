@@ -20,6 +20,8 @@ from align_kit.errors import UserError, unknown
 from align_kit.resources import folder
 
 DEFAULT = "zero3"
+SMALLEST_BUCKET = 1 << 22
+SMALLEST_PERSISTENCE = 100_000
 LAUNCH_PREFIXES = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_USE_DEEPSPEED")
 
 # Free-form sections: their keys go to a constructor that refuses unknown ones itself.
@@ -267,18 +269,14 @@ def frozen_config(policy: Mapping[str, Any], hidden_size: int | None = None) -> 
     """Derive the engine configuration of a frozen model from the policy's.
 
     Parameters stay sharded as the policy's are (ZeRO-3); what only training needs (optimizer, its offload,
-    gradients, clipping) is dropped, "auto" sizes follow from `hidden_size` by the rule transformers uses for the
-    policy, other "auto" entries fall back to DeepSpeed's defaults. Below stage 3 nothing of a frozen model can be
+    gradients, clipping) is dropped, "auto" sizes follow from `hidden_size` as the policy's do, other "auto" entries fall back to DeepSpeed's defaults. Below stage 3 nothing of a frozen model can be
     sharded: stage 0.
     """
     config = {key: copy.deepcopy(value) for key, value in policy.items() if key not in TRAINING_ONLY}
     if config.get("zero_optimization", {}).get("stage") != 3:
         config["zero_optimization"] = {"stage": 0}
         return _without_auto(config)
-    if hidden_size is not None:
-        for key, size in _sizes(hidden_size).items():
-            if config["zero_optimization"].get(key) == "auto":
-                config["zero_optimization"][key] = size
+    fill_sizes(config, hidden_size)
     config = _without_auto(config)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
@@ -300,14 +298,26 @@ def filled(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     return shown
 
 
-def _sizes(hidden_size: int) -> dict[str, int]:
-    """Return transformers' values for the bucket and persistence sizes (in elements) that are "auto"."""
+def sizes(hidden_size: int) -> dict[str, int]:
+    """Return the bucket and persistence sizes (in elements) for what is "auto".
+
+    transformers takes hidden_size squared, which suits thousands; below it would make a collective of each
+    parameter, so there is a floor of 4 Mi elements (16 MB in fp32) and, for persistence, DeepSpeed's own default.
+    """
     square = hidden_size * hidden_size
     return {
-        "reduce_bucket_size": square,
-        "stage3_prefetch_bucket_size": int(0.9 * square),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "reduce_bucket_size": max(square, SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": max(int(0.9 * square), SMALLEST_BUCKET),
+        "stage3_param_persistence_threshold": max(10 * hidden_size, SMALLEST_PERSISTENCE),
     }
+
+
+def fill_sizes(config: Mapping[str, Any], hidden_size: int | None) -> None:
+    """Fill the "auto" bucket and persistence sizes of a live engine configuration in place."""
+    zero = config.get("zero_optimization", {})
+    for key, size in sizes(hidden_size).items() if hidden_size else ():
+        if zero.get(key) == "auto":
+            zero[key] = size
 
 
 # --- the start of an engine -------------------------------------------------------------------------------

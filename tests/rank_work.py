@@ -80,8 +80,8 @@ def flip_one_bit_of_reference(trainer: Any) -> None:
         at_step(trainer, 2, flip)
 
 
-def train_reference(trainer: Any) -> None:
-    """Let the reference start elsewhere than the policy: shift its weights before training."""
+def shift_reference(trainer: Any) -> None:
+    """Shift the weights of the reference before training, so that it is not what the policy starts from."""
     import torch
 
     with torch.no_grad():

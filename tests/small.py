@@ -1,4 +1,4 @@
-"""A small world for tests: a random Llama of 29,088 parameters, a few dozen rows for each phase, and real runs on them.
+"""A small world for tests: a random Llama of 29,344 parameters, a few dozen rows for each phase, and real runs on them.
 
 A run is made once for each set of options and serves every assertion that asks for it. Nothing here depends on the
 version of Python, the embedded data or the recipes' own settings, so that stored loss digits stand.

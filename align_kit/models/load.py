@@ -90,18 +90,52 @@ def _random_model(
 def _stored_model(
     source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, **model_init: Any
 ) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_complete(source)
+    check_finite(source)
     chosen = {"attn_implementation": attention} if attention else {}
-    return AutoModelForCausalLM.from_pretrained(
-        str(source.folder),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        **chosen,
-        **model_init,
-    )
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(source.folder),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are named below, not in a table on standard error
+            output_loading_info=True,
+            **chosen,
+            **model_init,
+        )
+    except SafetensorError as error:
+        raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
+    _check_loaded(source, loaded)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_loaded(source: Source, loaded: Mapping[str, Any]) -> None:
+    """Raise `UserError` for tensors that were not there or of another shape: transformers draws them at random."""
+    wrong = sorted(name for name, *_ in loaded["mismatched_keys"])
+    for what, names in (("lacks", sorted(loaded["missing_keys"])), ("holds in another shape", wrong)):
+        if names:
+            raise UserError(
+                f"{source.name} {what} {len(names)} tensors of its configuration ({', '.join(names[:3])}); they would "
+                "be drawn at random: mend the folder, or start from random weights with --config_name"
+            )
+
+
+def check_finite(source: Source) -> None:
+    """Raise `UserError` for a stored tensor with NaN or infinity in it, which would train as a loss of 0 or NaN."""
+    import torch
+    from safetensors import safe_open
+
+    for file in sorted(source.folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                tensor = handle.get_tensor(name)
+                # One pass: a sum is finite only where every term is.
+                if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                    raise UserError(f"{source.name} holds NaN or infinity in {name}; copy or download it again")
 
 
 def check_complete(source: Source) -> None:

@@ -130,17 +130,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Any]]:
     """Yield (name, dtype and shape, bytes) of every stored tensor in name order, without copying it."""
     found = []
     for file in sorted(folder.glob("*.safetensors")):
-        header_length = int.from_bytes(file.open("rb").read(8), "little")
         with file.open("rb") as stream:
-            stream.seek(8)
+            header_length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_length))
         header.pop("__metadata__", None)
         found += [(name, entry, file, 8 + header_length) for name, entry in header.items()]
-    maps: dict[Path, Any] = {}
+    views = {file: _mapped(file) for file in {place[2] for place in found}}
     for name, entry, file, start in sorted(found, key=lambda item: item[0]):
-        view = maps.setdefault(file, _mapped(file))
         low, high = entry["data_offsets"]
-        yield name, f"{entry['dtype']}{entry['shape']}", view[start + low : start + high]
+        yield name, f"{entry['dtype']}{entry['shape']}", views[file][start + low : start + high]
 
 
 def _mapped(file: Path) -> memoryview:
