@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from align_kit import log, machine, registry
 from align_kit.errors import EXIT_CODE, UserError
@@ -19,25 +21,40 @@ OPTIONS = {
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Start the ranks of a recipe and return 0, 2 after a user's mistake, or 1.
+    """Start the ranks of a recipe and return 0, 2 after a user's mistake, 128 + n after signal n, or 1.
 
     `argv` is `[--nproc_per_node N …] <recipe> [the recipe's own words]`. Raises `UserError` for an option it
     does not know.
     """
     options, recipe, rest = _split(list(argv))
+    _check_nodes(options)
     registry.get(recipe)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(options)))
     log.quiet()
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    for agent in ("multiprocessing.api", "agent.server.api"):  # what they say of a rank that failed, we say
+        logging.getLogger(f"torch.distributed.elastic.{agent}").setLevel(logging.CRITICAL)
     command = ["-m", "align_kit", recipe, *rest]
     try:
         elastic_launch(config=_elastic_config(options), entrypoint=sys.executable)(*command)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return EXIT_CODE if EXIT_CODE in codes else 1
+        return _exit_code(error.failures)
+    except SignalException as error:
+        return 128 + int(error.sigval)
     return 0
+
+
+def _exit_code(failures: Mapping[int, Any]) -> int:
+    """Return 2 where a rank has reported a user's mistake; else name the rank that ended first and return 1."""
+    if EXIT_CODE in {failure.exitcode for failure in failures.values()}:
+        return EXIT_CODE
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    how = f"exit code {first.exitcode}" if first.exitcode > 0 else f"signal {-first.exitcode} ({first.signal_name()})"
+    print(f"rank {rank} ended with {how}, and the others with it", file=sys.stderr, flush=True)
+    return 1
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], str, list[str]]:
@@ -66,6 +83,19 @@ def _ranks(options: dict[str, str]) -> int:
     if not given.isdigit() or int(given) < 1:
         raise UserError(f"--nproc_per_node {given}: give a number of ranks, 1 or more")
     return int(given)
+
+
+def _check_nodes(options: Mapping[str, str]) -> None:
+    """Raise `UserError` where the numbers of several machines do not fit each other."""
+    for name in ("nnodes", "node_rank", "master_port"):
+        if not options.get(name, "1").isdigit():
+            raise UserError(f"--{name} {options[name]}: give a number ({OPTIONS[name]})")
+    nodes, rank = int(options.get("nnodes", "1")), int(options.get("node_rank", "0"))
+    if nodes < 1 or rank >= nodes:
+        allowed = " or ".join(map(str, range(nodes))) if nodes < 3 else f"0 to {nodes - 1}"
+        raise UserError(f"--node_rank {rank}: of --nnodes {nodes} this is one of {allowed or 'none'}")
+    if nodes > 1 and "master_addr" not in options:
+        raise UserError(f"--nnodes {nodes} needs --master_addr, the address of machine 0")
 
 
 def _threads(options: dict[str, str]) -> int:

@@ -66,7 +66,9 @@ def choose_accelerator(environ: MutableMapping[str, str]) -> None:
     if not torch.cuda.is_available():
         environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in environ:
-        torch.set_num_threads(max(1, cores() // int(environ.get("LOCAL_WORLD_SIZE", "1"))))
+        threads = max(1, cores() // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(threads)
+        environ["OMP_NUM_THREADS"] = str(threads)  # accelerate warns, and chooses, where it is unset
 
 
 def cores() -> int:

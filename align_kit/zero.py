@@ -269,8 +269,8 @@ def frozen_config(policy: Mapping[str, Any], hidden_size: int | None = None) -> 
     """Derive the engine configuration of a frozen model from the policy's.
 
     Parameters stay sharded as the policy's are (ZeRO-3); what only training needs (optimizer, its offload,
-    gradients, clipping) is dropped, "auto" sizes follow from `hidden_size` as the policy's do, other "auto" entries fall back to DeepSpeed's defaults. Below stage 3 nothing of a frozen model can be
-    sharded: stage 0.
+    gradients, clipping) is dropped, "auto" sizes follow from `hidden_size` as the policy's do, other "auto" entries
+    fall back to DeepSpeed's defaults. Below stage 3 nothing of a frozen model can be sharded: stage 0.
     """
     config = {key: copy.deepcopy(value) for key, value in policy.items() if key not in TRAINING_ONLY}
     if config.get("zero_optimization", {}).get("stage") != 3:

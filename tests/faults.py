@@ -1,10 +1,12 @@
-"""Real faults, made inside a forked rank before it runs the command line."""
+"""What a forked rank does before it runs the command line: real faults, and modules of the user's own."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,4 +68,20 @@ def run_where_rank_1_dies(words: Sequence[str]) -> int:
         return load_policy(*given)
 
     stages.policy = die_or_load
+    return main(words)
+
+
+def run_with_a_users_module(words: Sequence[str], module: str) -> int:
+    """Run the command line; `module`, from the working folder, is imported when the policy would be loaded."""
+    from align_kit import stages
+    from align_kit.cli import main
+
+    load_policy = stages.policy
+
+    def import_and_load(*given: Any) -> Any:
+        sys.path.insert(0, os.getcwd())
+        importlib.import_module(module)
+        return load_policy(*given)
+
+    stages.policy = import_and_load
     return main(words)

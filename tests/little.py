@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,19 @@ def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> li
     """Return the command line of a two-step run of `phase` on `rows` rows of its own in `folder`."""
     data = write_rows(folder / f"{phase}.jsonl", [ROWS[phase]] * rows)
     return [phase, *TWO_STEPS, "--datasets", json.dumps([{"path": str(data)}]), *more]
+
+
+# Every line a run may print where nothing is wrong: its header, its progress, its footer.
+OURS = re.compile(
+    r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
+    r"|  (policy|reference|data|batch|output) +\S.*"
+    r"|  step \d+/\d+  loss \d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
+    r"|  step \d+: eval loss \d+\.\d{4}"
+    r"|done in [\d:]+, \d+ steps: .* tokens/s"
+    r"|saved and verified: \S+ \(.* MB, digest \w{12}, re-opened logits within \S+\)"
+)
+
+
+def strangers(text: str) -> list[str]:
+    """Return the lines of a run's output that are not its own."""
+    return [line for line in text.splitlines() if not OURS.fullmatch(line)]

@@ -30,7 +30,7 @@ def observed(argv: list[str], live: str, harm: str = "") -> int:
 
 
 def probe_ids() -> Any:
-    """Return two rows of token ids that no data set holds."""
+    """Return two rows of token ids that no data set holds, all in the small model's vocabulary."""
     import torch
 
     return torch.arange(40).reshape(2, 20) * 7 % 300 + 4
@@ -119,17 +119,20 @@ def empty_a_tensor(trainer: Any) -> None:
 
 def put_nan(trainer: Any) -> None:
     """Hand a tensor with one NaN over."""
-    _tamper(lambda weights: weights[_a_weight(weights)].view(-1)[5:6].fill_(float("nan")))
+    def put(weights: dict[str, Any]) -> None:
+        weights[_a_weight(weights)].view(-1)[5] = float("nan")
+
+    _tamper(put)
 
 
 def drop_a_tensor(trainer: Any) -> None:
     """Hand one tensor less over."""
-    _tamper(lambda weights: weights.pop(_a_weight(weights)) and None)
+    _tamper(lambda weights: weights.__delitem__(_a_weight(weights)))
 
 
 def stale_weights(trainer: Any) -> None:
     """Hand other values of the right shape over, as a gather of last step's weights would."""
-    _tamper(lambda weights: weights[_a_weight(weights)].mul_(1.5) and None)
+    _tamper(lambda weights: weights.update({_a_weight(weights): weights[_a_weight(weights)] + 0.5}))
 
 
 def count_elements(trainer: Any) -> None:

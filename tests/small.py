@@ -231,11 +231,19 @@ class Lab:
             self._runs[key].result.ok()
         return self._runs[key]
 
-    def start(self, phase: str, place: Path, world_size: int = 2, harm: str = "", **changes: Any) -> Run:
+    def start(
+        self,
+        phase: str,
+        place: Path,
+        world_size: int = 2,
+        env: dict[str, str] | None = None,
+        harm: str = "",
+        **changes: Any,
+    ) -> Run:
         """Run `phase` into `place`, whatever becomes of it; `harm` names a function of `tests.rank_work`."""
         argv = [phase, *words(self.options(phase, output_dir=place, **changes))]
         result = self.ranks.run(
-            world_size=world_size, cwd=self.home, function="tests.rank_work:observed",
+            world_size=world_size, env=env, cwd=self.home, function="tests.rank_work:observed",
             argv=argv, live=str(place.with_suffix(".live")), harm=harm,
         )  # fmt: skip
         return Run(place, result)

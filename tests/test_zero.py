@@ -175,10 +175,13 @@ def test_the_config_of_a_frozen_model(name: str) -> None:
 
 
 def test_a_frozen_model_under_zero3_is_sharded_with_the_sizes_of_the_policy() -> None:
-    sizes = zero.frozen_config(zero3(), 64)["zero_optimization"]
-    assert sizes["stage"] == 3
-    assert sizes["stage3_param_persistence_threshold"] == 640
-    assert (sizes["reduce_bucket_size"], sizes["stage3_prefetch_bucket_size"]) == (4096, 3686)
+    for hidden_size in (64, 8192):
+        policy = zero3()
+        zero.fill_sizes(policy, hidden_size)
+        frozen = zero.frozen_config(zero3(), hidden_size)
+        assert frozen["zero_optimization"] == policy["zero_optimization"]
+        assert frozen["zero_optimization"].items() >= {"stage": 3, **zero.sizes(hidden_size)}.items()
+    assert zero.sizes(8192)["reduce_bucket_size"] == 8192**2 > zero.sizes(64)["reduce_bucket_size"] > 64**2
     kept = zero3(zero_optimization={"stage": 3, "reduce_bucket_size": 7})
     assert zero.frozen_config(kept, 64)["zero_optimization"]["reduce_bucket_size"] == 7
 

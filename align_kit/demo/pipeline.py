@@ -16,12 +16,13 @@ from pathlib import Path
 from align_kit import log
 from align_kit.data import embedded
 from align_kit.data.checkers import check, rank_pairs
+from align_kit.data.embedded import sums
 from align_kit.demo import table
 from align_kit.demo.score import Score, score
 from align_kit.demo.workers import spread
 from align_kit.errors import EXIT_CODE, UserError
 
-PROMPTS, DRAWS, PAIRS_PER_PROMPT = 1024, 8, 2  # for the preference pairs, from training problems
+PROMPTS, DRAWS = 512, 4  # training problems for the preference pairs, and answers drawn to each
 PHASES = ("pretrain", "sft", "dpo")
 CONTROL = "control"
 
@@ -102,14 +103,14 @@ def phase(recipe: str, home: Path, seed: int, options: Options, *, data: Path | 
 def draw_pairs(home: Path, seed: int, processes: int) -> Path:
     """Sample answers to training problems from the SFT model, rank them by the checker, store the pairs."""
     began = time.monotonic()
-    problems = embedded.rows("sums_prompts", "train")[:PROMPTS]
+    problems = sums.prompts("train", PROMPTS, seed=1000 + seed)
     prompts = [row["prompt"] for row in problems]
     drawn = spread(home / "sft", prompts, processes, samples=DRAWS, temperature=1.0, seed=seed)
     place, count = home / "pairs.jsonl", 0
     with place.open("w") as stream:
         for row, texts in zip(problems, drawn.completions, strict=True):
             verdicts = [check(row["prompt"], text, row["answer"]) for text in texts]
-            for pair in rank_pairs(texts, verdicts, limit=PAIRS_PER_PROMPT):
+            for pair in rank_pairs(texts, verdicts):
                 line = {"prompt": row["prompt"], "chosen": pair.chosen, "rejected": pair.rejected}
                 print(json.dumps(line), file=stream)
                 count += 1

@@ -159,7 +159,7 @@ def _merged(source: Source, dtype: torch.dtype, attention: str | None, trust_rem
     with plain_transformers():
         base = _stored_model(source.weights, torch.float32, attention, trust_remote_code)
         merged = PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
-    return merged.to(dtype)
+    return merged.requires_grad_(True).to(dtype)  # PEFT has frozen the base
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -35,7 +35,8 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", leave=False)
+            bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", leave=False)
+            self.bar = None if bar.disable else bar  # TQDM_DISABLE asks for lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:

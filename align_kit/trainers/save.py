@@ -43,12 +43,14 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
     if trainer.args.should_save:
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
-        _write(trainer, staging, weights)
-        _check_tensors(staging, weights)
-        gap = _compare(staging, probe, live, next(trainer.model.parameters()).dtype)
-        for file in staging.iterdir():
-            os.replace(file, folder / file.name)
-        staging.rmdir()
+        try:
+            _write(trainer, staging, weights)
+            _check_tensors(staging, weights, _expected(trainer))
+            gap = _compare(staging, probe, live, next(trainer.model.parameters()).dtype)
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         saved = Saved(folder, source.digest(source.resolve(str(folder))), size, gap)
     trainer.accelerator.wait_for_everyone()
@@ -86,8 +88,15 @@ def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> N
     trainer.processing_class.save_pretrained(str(folder))  # type: ignore[union-attr]
 
 
-def _check_tensors(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Compare every stored tensor with the gathered one: name, shape, dtype and content."""
+def _expected(trainer: PhaseTrainer) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter that must be stored: all, or those LoRA trains."""
+    named = trainer.model.named_parameters()
+    wanted = [(name, p) for name, p in named if p.requires_grad or not _is_lora(trainer)]
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in wanted}
+
+
+def _check_tensors(folder: Path, weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what was gathered with what the model has, and every stored tensor with the gathered one."""
     from safetensors import safe_open
 
     stored: dict[str, Tensor] = {}
@@ -96,9 +105,10 @@ def _check_tensors(folder: Path, weights: Mapping[str, Tensor]) -> None:
             stored |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     empty = [name for name, tensor in stored.items() if tensor.numel() == 0]
     broken = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    absent = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
     missing = [name for name, tensor in weights.items() if not _is_stored(tensor, name, stored)]
     for what, names in (("no tensors at all", [] if stored else ["*"]), ("empty", empty), ("not finite", broken),
-                        ("missing or different", missing)):  # fmt: skip
+                        ("not gathered whole", absent), ("missing or different", missing)):  # fmt: skip
         if names:
             raise UserError(
                 f"the final model did not verify: {len(names)} tensors {what} ({', '.join(names[:3])}); the last "

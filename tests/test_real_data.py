@@ -1,0 +1,73 @@
+"""Real data through real cards and by path: a few steps each, in which what should improve does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from tests.harness import Ranks
+from tests.small import Lab, Run, lab_of, make_rows, write_rows
+
+pytestmark = pytest.mark.slow
+
+STEPS = 15
+
+
+@pytest.fixture(scope="module")
+def lab(ranks: Ranks) -> Lab:
+    return lab_of(ranks)
+
+
+def train(lab: Lab, phase: str, data: dict[str, Any], real_data: Path, **changes: Any) -> Run:
+    """Train the embedded model from random weights on two ranks, on `data` from the folder of real data."""
+    asked = {
+        "model_name_or_path": None, "config_name": "builtin:tiny", "datasets": [data], "max_length": 128,
+        "max_steps": STEPS, "learning_rate": 3e-3, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    place = lab.home / f"real-{phase}-{len(list(lab.home.glob('real-*')))}"
+    run = lab.start(phase, place, 2, {"ALIGN_KIT_DATA": str(real_data)}, **{**asked, **changes})
+    run.result.ok()
+    return run
+
+
+def falls(values: list[float], by: float) -> bool:
+    """Tell whether the mean of the last three is lower than that of the first three by at least `by`."""
+    return mean(values[:3]) - mean(values[-3:]) >= by
+
+
+def test_pretrain_on_shakespeare(lab: Lab, real_data: Path) -> None:
+    run = train(lab, "pretrain", {"path": "card:tinyshakespeare"}, real_data)
+    assert falls(run.losses, by=0.8)
+
+
+def test_sft_on_gsm8k(lab: Lab, real_data: Path) -> None:
+    run = train(lab, "sft", {"path": "card:gsm8k", "split": "train", "max_samples": 200}, real_data, max_length=512)
+    assert falls(run.losses, by=0.8)
+    assert run.manifest["data"]["train"]["tokenised"]["rows_in"] == 200
+
+
+@pytest.mark.parametrize("card", ["gsm8k_solution_pairs", "llamafactory_dpo_en"])
+def test_dpo_on_real_pairs(lab: Lab, real_data: Path, card: str) -> None:
+    """Over the same 8 pairs, seen 15 times, the chosen side pulls away from the rejected one."""
+    data = {"path": f"card:{card}", "max_samples": 8}
+    run = train(lab, "dpo", data, real_data, max_length=256, learning_rate=3e-4, lr_scheduler_type="constant")
+    margins = run.logged("rewards/margins")
+    assert abs(margins[0]) < 1e-4 and mean(margins[-3:]) > 0.5
+    assert falls(run.losses, by=0.2)
+
+
+def test_bare_jsonl_by_path(lab: Lab, real_data: Path) -> None:
+    """A file without a card: its shape is recognised from its rows."""
+    run = train(lab, "dpo", {"path": str(real_data / "gsm8k" / "model_solutions_pairs.jsonl"), "max_samples": 16}, real_data)
+    assert run.manifest["status"] == "finished" and len(run.losses) == STEPS
+
+
+def test_bare_jsonl_in_a_working_folder(lab: Lab, tmp_path: Path) -> None:
+    """The same without real data: a relative path is one from where the run was started."""
+    write_rows(lab.home / "mine.jsonl", make_rows("prompt_completion", 16))
+    run = lab.start("sft", tmp_path / "run", datasets=[{"path": "mine.jsonl"}])
+    run.result.ok()
+    assert run.manifest["data"]["train"]["tokenised"]["rows_out"] == 16

@@ -1,0 +1,152 @@
+"""The folder of a run: the one rule for folders that are not empty, its manifest, its checkpoints, who comes before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align_kit import run_folder
+from align_kit.errors import UserError
+from align_kit.run_folder import RunFolder, open_folder
+
+
+def finished(folder: Path, phase: str, status: str = run_folder.FINISHED) -> Path:
+    RunFolder(folder, {}).write(phase=phase, status=status)
+    return folder
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    place = folder / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    (place / "trainer_state.json").write_text("{}")
+    return place
+
+
+# --- opening ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_a_new_or_empty_folder_is_opened(make: bool, tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "out"
+    if make:
+        place.mkdir(parents=True)
+    home = open_folder(str(place), resume=None, overwrite=False)
+    assert (home.path, home.manifest, home.resume_from) == (place, {}, None) and place.is_dir()
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, "sft")
+    with pytest.raises(UserError, match="is not empty; go on with --resume, replace it with --overwrite, or name"):
+        open_folder(str(tmp_path), resume=None, overwrite=False)
+    assert (tmp_path / "manifest.json").is_file()
+
+
+def test_overwrite_replaces_a_run_whole(tmp_path: Path) -> None:
+    checkpoint(finished(tmp_path / "out", "sft"), 3)
+    home = open_folder(str(tmp_path / "out"), resume=None, overwrite=True)
+    assert home.manifest == {} and list(home.path.iterdir()) == []
+
+
+def test_overwrite_spares_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds no run of align_kit; remove it yourself"):
+        open_folder(str(tmp_path), resume=None, overwrite=True)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_no_folder(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    for place in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(UserError, match="cannot be written .*; name another with --output_dir"):
+            open_folder(str(place), resume=None, overwrite=overwrite)
+
+
+def test_ranks_that_are_not_the_first_only_look_on(tmp_path: Path) -> None:
+    finished(tmp_path, "sft")
+    home = open_folder(str(tmp_path), resume=None, overwrite=True, first=False)
+    assert home.manifest == {} and (tmp_path / "manifest.json").is_file()
+
+
+# --- resuming ---------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_the_last_checkpoint(tmp_path: Path) -> None:
+    finished(tmp_path, "dpo", "running")
+    for step in (9, 10, 100, 20):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-old").mkdir()
+    home = open_folder(str(tmp_path), resume="auto", overwrite=False)
+    assert home.resume_from == tmp_path / "checkpoint-100" and home.manifest["phase"] == "dpo"
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (9, 10, 20, 100)]
+
+
+def test_resume_takes_the_checkpoint_named(tmp_path: Path) -> None:
+    early = checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2)
+    assert open_folder(str(tmp_path), resume=str(early), overwrite=False).resume_from == early
+
+
+@pytest.mark.parametrize(("resume", "message"), [("auto", "no checkpoint to go on from"), ("x", "no checkpoint there")])
+def test_resume_without_a_checkpoint(resume: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_folder(str(tmp_path), resume=resume, overwrite=False)
+
+
+# --- the manifest -----------------------------------------------------------------------------------------
+
+
+def test_a_manifest_is_laid_over_and_stored_whole(tmp_path: Path) -> None:
+    home = RunFolder(tmp_path / "out", {})
+    home.write(phase="sft", path=Path("x"))
+    home.write(status="finished")
+    assert run_folder.read_manifest(home.path) == {"phase": "sft", "path": "x", "status": "finished"}
+    assert [path.name for path in home.path.iterdir()] == ["manifest.json"], "no temporary file is left"
+    assert (home.path / "manifest.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    home = RunFolder(tmp_path, {})
+    home.write(phase="sft")
+    with pytest.raises(TypeError):
+        home.write(**{"entry": {(1, 2): 3}})
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"phase": "sft"}
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]"])
+def test_a_manifest_that_cannot_be_read_is_none(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    assert run_folder.read_manifest(tmp_path) is None
+
+
+# --- who comes before, where the cache is -----------------------------------------------------------------
+
+
+def test_the_predecessor_is_the_first_finished_phase_of_choice(tmp_path: Path) -> None:
+    output, choices = tmp_path / "dpo", ("sft", "pretrain")
+    assert run_folder.predecessor(output, choices) is None
+    pretrain = finished(tmp_path / "pretrain", "pretrain")
+    finished(tmp_path / "sft", "sft", "running")
+    assert run_folder.predecessor(output, choices) == (pretrain, "pretrain"), "a run that runs is not finished"
+    sft = finished(tmp_path / "sft", "sft")
+    assert run_folder.predecessor(output, choices) == (sft, "sft")
+
+
+def test_a_run_is_not_its_own_predecessor(tmp_path: Path) -> None:
+    finished(tmp_path / "pretrain", "pretrain")
+    assert run_folder.predecessor(tmp_path / "pretrain", ("pretrain",)) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({"ALIGN_KIT_CACHE": "/fast", "XDG_CACHE_HOME": "/xdg"}, Path("/fast")),
+        ({"XDG_CACHE_HOME": "/xdg"}, Path("/xdg/align_kit")),
+        ({}, Path.home() / ".cache" / "align_kit"),
+    ],
+)
+def test_where_the_cache_is(environ: dict[str, str], place: Path) -> None:
+    assert run_folder.cache_folder(environ) == place
