@@ -43,6 +43,7 @@ QUIET_LOGGERS = {
     "filelock": logging.ERROR,
 }
 
+# ACCELERATE_LOG_LEVEL is not among them: accelerate sets the root logger to it, and the user's own lines with it.
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -52,7 +53,6 @@ ENVIRONMENT = {
     "TRL_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "ACCELERATE_LOG_LEVEL": "ERROR",
 }
 
 

@@ -36,9 +36,10 @@ class RunFolder:
     def write(self, **entries: Any) -> None:
         """Lay `entries` over the manifest and store it: whole or not at all."""
         self.manifest |= entries
+        text = json.dumps(self.manifest, indent=2, sort_keys=True, default=str)
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path, prefix=".manifest-", delete=False) as stream:
-            json.dump(self.manifest, stream, indent=2, sort_keys=True, default=str)
+            stream.write(text)
         os.chmod(stream.name, 0o644)
         os.replace(stream.name, self.path / MANIFEST)
 

@@ -170,5 +170,6 @@ def stock_step(phase: str, model: str, data: str, place: str, **options: Any) ->
     )
     stock.train()
     stock.model.save_pretrained(place)
-    Path(place, "losses.json").write_text(json.dumps([line["loss"] for line in stock.state.log_history if "loss" in line]))
+    losses = [line["loss"] for line in stock.state.log_history if "loss" in line]
+    Path(place, "losses.json").write_text(json.dumps(losses))
     return 0

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-WORDS = "amber basil cedar delta ember fjord grove heron inlet jetty kelp lagoon marsh north ocean pearl".split()
+WORDS = (
+    "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron",
+    "inlet", "jetty", "kelp", "lagoon", "marsh", "north", "ocean", "pearl",
+)  # fmt: skip
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 GLOBAL_BATCH = 8
 ADDED = "<note>"  # a token of the model's own beside the tokenizer's
@@ -194,7 +197,9 @@ class Lab:
         self.ranks, self.home = ranks, ranks.home / "lab"
         self.home.mkdir()
         self.model = write_model(self.home / "model")
-        self.data = {kind: write_rows(self.home / f"{kind}.jsonl", make_rows(kind, 48)) for kind in MAKERS}
+        # 6 steps within one epoch: at its end rows are repeated to fill the last batch, more of them on more ranks
+        counts = {"text": 120, "prompt_completion": 48, "preference": 48}
+        self.data = {kind: write_rows(self.home / f"{kind}.jsonl", make_rows(kind, n)) for kind, n in counts.items()}
         # 7 rows: no multiple of any world size or batch used here
         self.held_out = {kind: write_rows(self.home / f"{kind}-7.jsonl", make_rows(kind, 7, seed=1)) for kind in MAKERS}
         sharded = json.loads((folder("ds_configs") / "zero3.json").read_text())

@@ -1,4 +1,4 @@
-"""Frozen models: identity, placement, freezing, sharding, and what happens when their weights are not what they were."""
+"""Frozen models: identity, placement, freezing, sharding, and what happens when their weights have changed."""
 
 from __future__ import annotations
 

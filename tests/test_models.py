@@ -128,6 +128,20 @@ def test_not_a_number_in_the_weights_is_refused(model: Path, tmp_path: Path) -> 
         policy(torn)
 
 
+@pytest.mark.parametrize(("torn", "message"), [
+    (lambda blob: blob[: len(blob) // 2], "bytes, its header says"),
+    (lambda blob: b"<!DOCTYPE html>" + blob, "is no safetensors file"),
+    (lambda blob: b"", "is no safetensors file"),
+])  # fmt: skip
+def test_a_torn_weight_file_is_refused(model: Path, tmp_path: Path, torn: Any, message: str) -> None:
+    """A download that stopped half way, or a web page saved in its place."""
+    place = shutil.copytree(model, tmp_path / "torn")
+    file = place / "model.safetensors"
+    file.write_bytes(torn(file.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        digest(place)
+
+
 def test_a_tokenizer_without_an_end_is_refused(model: Path, tmp_path: Path) -> None:
     endless = shutil.copytree(model, tmp_path / "endless")
     words = json.loads((endless / "tokenizer_config.json").read_text())

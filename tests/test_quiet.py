@@ -16,22 +16,13 @@ from align_kit import log
 from tests.harness import Ranks
 from tests.little import little_run, strangers
 
-BUSY = (
-    "--use_peft",
-    "--eval_strategy",
-    "steps",
-    "--eval_steps",
-    "2",
-    "--test_split_size",
-    "2",
-    "--save_strategy",
-    "steps",
-)
+EVALUATE = ("--eval_strategy", "steps", "--eval_steps", "2", "--test_split_size", "2")
+SAVE = ("--save_strategy", "steps", "--save_steps", "2")
 RUNS = {
     "pretrain": (),
     "sft": (),
     "dpo": (),
-    "dpo, everything on": (*BUSY, "--save_steps", "2", "--gradient_checkpointing", "true"),
+    "dpo, everything on": ("--use_peft", *EVALUATE, *SAVE, "--gradient_checkpointing", "true"),
 }
 
 

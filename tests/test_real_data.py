@@ -61,7 +61,8 @@ def test_dpo_on_real_pairs(lab: Lab, real_data: Path, card: str) -> None:
 
 def test_bare_jsonl_by_path(lab: Lab, real_data: Path) -> None:
     """A file without a card: its shape is recognised from its rows."""
-    run = train(lab, "dpo", {"path": str(real_data / "gsm8k" / "model_solutions_pairs.jsonl"), "max_samples": 16}, real_data)
+    path = str(real_data / "gsm8k" / "model_solutions_pairs.jsonl")
+    run = train(lab, "dpo", {"path": path, "max_samples": 16}, real_data)
     assert run.manifest["status"] == "finished" and len(run.losses) == STEPS
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, SAVED_AT = 6, 3
 FORMS = ("full", "lora")
-DIGITS = 1e-5  # relative; the ways of cutting a batch differ by up to 3e-7 on one machine
+DIGITS = 1e-5  # relative; the ways of cutting a batch differ by up to 5e-7 on one machine
 
 
 class Cut(NamedTuple):
@@ -51,8 +51,8 @@ COVER = (
 )
 
 LOSSES: dict[tuple[str, str], list[float]] = {
-    ("pretrain", "full"): [5.9011292, 5.7200165, 5.531179, 5.3733745, 5.1997242, 5.1819386],
-    ("pretrain", "lora"): [5.9011292, 5.8572917, 5.7611251, 5.6974382, 5.5665274, 5.5553732],
+    ("pretrain", "full"): [5.9501352, 5.6716633, 5.5369182, 5.3917785, 5.2796998, 5.229712],
+    ("pretrain", "lora"): [5.9501352, 5.8299384, 5.7262864, 5.6802306, 5.6271024, 5.617867],
     ("sft", "full"): [5.9872966, 5.8759613, 5.7257628, 5.7354379, 5.6507244, 5.4144411],
     ("sft", "lora"): [5.9872966, 5.9091005, 5.8357229, 5.9750357, 5.9499555, 5.7596393],
     ("dpo", "full"): [0.69314718, 0.66506243, 0.69794214, 0.65318638, 0.69274712, 0.70182395],
@@ -246,9 +246,15 @@ def test_gradient_of_any_cut(lab: Lab, recipe: Recipe, cut: str) -> None:
 
 @pytest.mark.parametrize("loss_type", BATCH_COUPLED)
 def test_batch_coupled_losses_at_equal_micro_batches(lab: Lab, loss_type: str) -> None:
-    """Losses that look at a whole micro-batch: two of 4 on one rank are one of 4 on each of two ranks."""
+    """Losses that look at a whole micro-batch: two of 4 on one rank are one of 4 on each of two ranks.
+
+    One batch of 8 is another loss for those that sort; `sft` is told the tokens of the whole step and is the same.
+    """
     dpo = next(recipe for recipe in RECIPES if recipe.name == "dpo")
-    settings = {"loss_type": [loss_type], "beta": 0.01}
+    settings = {"loss_type": [loss_type], "beta": 1.0}  # strong: weak losses are all but linear, and sorting is nothing
     in_turn, side_by_side = gradient(lab, dpo, 1, 4, 2, **settings), gradient(lab, dpo, 2, 4, 1, **settings)
     assert side_by_side.losses == pytest.approx(in_turn.losses, rel=1e-6)
-    assert relative_gap(side_by_side.weights, in_turn.weights, read_weights(lab.model)) < 1e-5
+    start = read_weights(lab.model)
+    assert relative_gap(side_by_side.weights, in_turn.weights, start) < 1e-5
+    whole = relative_gap(gradient(lab, dpo, 1, 8, 1, **settings).weights, in_turn.weights, start)
+    assert whole < 1e-5 if loss_type == "sft" else whole > 1e-3

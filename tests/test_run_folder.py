@@ -113,6 +113,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) ->
     with pytest.raises(TypeError):
         home.write(**{"entry": {(1, 2): 3}})
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"phase": "sft"}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"], "nor a half-written one"
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]"])

@@ -21,6 +21,7 @@ from align_kit.demo import table
 from align_kit.demo.score import Score, score
 from align_kit.demo.workers import spread
 from align_kit.errors import EXIT_CODE, UserError
+from align_kit.resources import folder
 
 PROMPTS, DRAWS = 512, 4  # training problems for the preference pairs, and answers drawn to each
 PHASES = ("pretrain", "sft", "dpo")
@@ -36,6 +37,7 @@ class Options:
     ranks: int
     split: str
     control: bool
+    scale: float
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -61,10 +63,13 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--control", action="store_true", help="also run DPO on shuffled preferences, which must not help"
     )
+    parser.add_argument("--scale", type=float, default=1.0, help="share of each phase's steps: faster, and weaker")
     given = parser.parse_args(list(argv))
     if given.ranks < 1:
         raise UserError(f"--ranks {given.ranks}: give 1 or more")
-    return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, given.control)
+    if not 0 < given.scale <= 1:
+        raise UserError(f"--scale {given.scale}: give a share above 0, at most 1")
+    return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, given.control, given.scale)
 
 
 def one_seed(seed: int, options: Options) -> dict[str, Score]:
@@ -91,6 +96,7 @@ def phase(recipe: str, home: Path, seed: int, options: Options, *, data: Path | 
     output = home / (name or recipe)
     words = [recipe, "--seed", str(seed), "--output_dir", str(output)]
     words += ["--overwrite"] if output.exists() else []
+    words += ["--max_steps", str(scaled_steps(recipe, options.scale))] if options.scale < 1 else []
     words += ["--datasets", json.dumps([{"path": str(data)}])] if data else []
     command = [sys.executable, "-m", "align_kit", "launch", "--nproc_per_node", str(options.ranks), *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL)
@@ -98,6 +104,14 @@ def phase(recipe: str, home: Path, seed: int, options: Options, *, data: Path | 
         raise SystemExit(EXIT_CODE)  # the run has said why
     if done.returncode:
         raise UserError(f"the {recipe} phase ended with exit code {done.returncode}; its output is above")
+
+
+def scaled_steps(recipe: str, scale: float) -> int:
+    """Return a share of the steps in the recipe's YAML, at least 1."""
+    import yaml
+
+    steps = yaml.safe_load((folder("recipes") / f"{recipe}.yaml").read_text())["max_steps"]
+    return max(1, round(steps * scale))
 
 
 def draw_pairs(home: Path, seed: int, processes: int) -> Path:

@@ -94,10 +94,10 @@ def _stored_model(
     from transformers import AutoModelForCausalLM
 
     check_complete(source)
-    check_finite(source)
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        check_finite(source)
+        read: Any = AutoModelForCausalLM.from_pretrained(
             str(source.folder),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -109,6 +109,7 @@ def _stored_model(
         )
     except SafetensorError as error:
         raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
+    model, loaded = read
     _check_loaded(source, loaded)
     return model  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from align_kit.errors import UserError
 from align_kit.resources import PACKAGE
 
 BUILTIN = "builtin:"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -130,15 +131,27 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Any]]:
     """Yield (name, dtype and shape, bytes) of every stored tensor in name order, without copying it."""
     found = []
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header_length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_length))
-        header.pop("__metadata__", None)
-        found += [(name, entry, file, 8 + header_length) for name, entry in header.items()]
+        start, header = _header(file)
+        found += [(name, entry, file, start) for name, entry in header.items()]
     views = {file: _mapped(file) for file in {place[2] for place in found}}
     for name, entry, file, start in sorted(found, key=lambda item: item[0]):
         low, high = entry["data_offsets"]
         yield name, f"{entry['dtype']}{entry['shape']}", views[file][start + low : start + high]
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the tensors of a safetensors file begin, and its entries by tensor name; the file must be whole."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = dict(json.loads(stream.read(min(length, MAX_HEADER))))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            raise UserError(f"{file} is no safetensors file; copy or download it again") from None
+    if file.stat().st_size != end:
+        raise UserError(f"{file} has {file.stat().st_size} bytes, its header says {end}; copy or download it again")
+    return 8 + length, header
 
 
 def _mapped(file: Path) -> memoryview:

@@ -84,7 +84,8 @@ def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> N
     model: Any = trainer.model
     model.config.use_cache = True
     adapters = {"selected_adapters": ["default"]} if _is_lora(trainer) else {}
-    model.save_pretrained(str(folder), state_dict=weights, **adapters)
+    # A copy: transformers empties the mapping it is given, and the tensors are compared afterwards.
+    model.save_pretrained(str(folder), state_dict=dict(weights), **adapters)
     trainer.processing_class.save_pretrained(str(folder))  # type: ignore[union-attr]
 
 

@@ -1,0 +1,72 @@
+"""The demo: its arithmetic, and a small one from random weights to the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align_kit.demo import pipeline, table
+from align_kit.demo.score import gain
+from align_kit.errors import UserError
+from tests.harness import Ranks
+
+
+def test_gain_is_paired() -> None:
+    before, after = [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]
+    found = gain(before, after)
+    assert found.mean == 25.0
+    # differences 100, 0, 0, 0: standard deviation 50, standard error 25
+    assert found.low == pytest.approx(25 - 1.96 * 25) and found.high == pytest.approx(25 + 1.96 * 25)
+    assert gain(before, before).mean == gain(before, before).high == 0
+
+
+def test_gain_refuses_other_problems() -> None:
+    with pytest.raises(ValueError):
+        gain([0.0, 1.0], [1.0])
+
+
+def test_control_swaps_about_half_and_loses_none(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(400)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    swapped = [json.loads(line) for line in pipeline.shuffled(pairs, seed=0).read_text().splitlines()]
+    assert [row["prompt"] for row in swapped] == [row["prompt"] for row in rows]
+    assert all({row["chosen"], row["rejected"]} == {f"c{i}", f"r{i}"} for i, row in enumerate(swapped))
+    assert 160 < sum(row["chosen"][0] == "r" for row in swapped) < 240
+    assert pipeline.shuffled(pairs, seed=0).read_text() != pipeline.shuffled(pairs, seed=1).read_text()
+
+
+def test_grid_is_aligned() -> None:
+    lines = table.grid(("a", "long"), [["1", "2"], ["three", "4"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].startswith("|-------|")
+
+
+@pytest.mark.parametrize(("words", "message"), [("--ranks 0", "--ranks 0"), ("--scale 2", "--scale 2.0")])
+def test_bad_options(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.parse(words.split())
+
+
+@pytest.mark.slow
+def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
+    """A share of the steps: enough that fine-tuning teaches the format and DPO makes the model show its work."""
+    env = {**ranks.env, "ALIGN_KIT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.4", "--split", "validation"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "demo")], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    scores = json.loads((tmp_path / "demo/seed0/scores.json").read_text())
+    base, sft, dpo = (scores[arm] for arm in ("pretrain", "sft", "dpo"))
+    assert sft["perplexity"] < 0.5 * base["perplexity"]
+    assert sum(base["greedy"]) == 0 and sft["form"] > 0.9
+    assert dpo["work"] > sft["work"] + 0.1
+    assert "| DPO " in done.stdout and (tmp_path / "demo/report.md").is_file()
+    manifest = json.loads((tmp_path / "demo/seed0/dpo/manifest.json").read_text())
+    assert manifest["frozen"]["reference"]["digest"] == manifest["policy"]["digest"]
+    assert manifest["world_size"] == 2 and manifest["status"] == "finished"
