@@ -27,6 +27,6 @@ def unknown(what: str, word: str, known: Iterable[str], *, show: int = 12) -> Us
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    listed = names if len(names) <= show else near
+    listed = names if len(names) <= show else near[1:]
     known_part = f"; known: {', '.join(listed)}" if listed else ""
     return UserError(f"unknown {what} {word!r}{known_part}{hint}")

@@ -53,6 +53,7 @@ def resolve_reference(
     placement: str,
     differs: bool,
     recorded: Mapping[str, str] | None,
+    stage: int = 3,
 ) -> tuple[source.Source, Identity]:
     """Decide which model the reference is and where it lives.
 
@@ -60,7 +61,8 @@ def resolve_reference(
     it wins, and its content must be what it was. Raises `UserError` where the reference is not the policy's start
     (unless `differs`), where it changed since, or where the placement cannot hold it.
     """
-    start = source.resolve(recorded["name"] if recorded else given or policy.name) if (recorded or given) else policy
+    name = recorded["name"] if recorded else given
+    start = policy if name in (None, policy.name) else source.resolve(name, option="reference_model_name_or_path")
     identity = policy_digest if start is policy else source.digest(start)
     if recorded and identity != recorded["digest"]:
         raise UserError(
@@ -73,6 +75,8 @@ def resolve_reference(
             f"{policy_digest[:12]}); drop reference_model_name_or_path, or set reference_differs: true if meant so"
         )
     chosen, reason = _place(placement, use_peft, separate=identity != policy_digest)
+    if chosen == "sharded" and stage != 3:
+        reason += f" (whole on each rank: ZeRO-{stage} shards no weights)"
     return start, Identity("reference", start.name, identity, chosen, reason, differs=identity != policy_digest)
 
 

@@ -42,8 +42,11 @@ def execute(recipe: Recipe, config: Config) -> None:
         log.say(dry_run_text(config, plan, stages.shown(config, engine, plan), unit=recipe.unit))
         return
     began = time.monotonic()
-    with stages.process_group(config, engine, plan) as args:
+    with contextlib.ExitStack() as ending:
+        args = ending.enter_context(stages.process_group(config, engine, plan))
         home = stages.open_home(config, args)
+        ending.enter_context(home.telling_failure())
+        ending.enter_context(failures.naming_memory(plan))
         start = stages.starting_point(recipe, config, home)
         tokenizer = stages.tokenizer(start, config)
         rows = stages.rows(recipe, config, tokenizer, args)
@@ -53,8 +56,7 @@ def execute(recipe: Recipe, config: Config) -> None:
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
         narrate.record(recipe, config, home, start, rows, frozen, plan, args)
         narrate.header(recipe, engine, start, rows, frozen, plan, args, home)
-        with failures.naming_memory(plan):
-            trainer.train(resume_from_checkpoint=str(home.resume_from) if home.resume_from else None)
+        trainer.train(resume_from_checkpoint=str(home.resume_from) if home.resume_from else None)
         saved = narrate.save(trainer, rows, home)
         narrate.footer(trainer, saved, home, time.monotonic() - began)
 

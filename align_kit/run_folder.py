@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from align_kit.errors import UserError
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
-FINISHED = "finished"
+FINISHED, FAILED = "finished", "failed"
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -32,6 +33,16 @@ class RunFolder:
     path: Path
     manifest: dict[str, Any]
     resume_from: Path | None = None
+
+    @contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """Write into the manifest, where there is one, that the run failed and how."""
+        try:
+            yield
+        except Exception as error:
+            if self.manifest and int(os.environ.get("RANK", "0")) == 0:
+                self.write(status=FAILED, failure=str(error)[:500])
+            raise
 
     def write(self, **entries: Any) -> None:
         """Lay `entries` over the manifest and store it: whole or not at all."""
@@ -70,6 +81,8 @@ def open_folder(output_dir: str, *, resume: str | None, overwrite: bool, first: 
 
 
 def _clear(path: Path, overwrite: bool) -> None:
+    if _left_nothing(path):
+        overwrite = True
     if not overwrite:
         raise UserError(
             f"output_dir {path} is not empty; go on with --resume, replace it with --overwrite, or name another"
@@ -79,6 +92,12 @@ def _clear(path: Path, overwrite: bool) -> None:
             f"output_dir {path} is not empty and holds no run of align_kit; remove it yourself if it may go"
         )
     shutil.rmtree(path)
+
+
+def _left_nothing(path: Path) -> bool:
+    """Tell whether the run in `path` failed before it had stored any weights: nothing is lost by starting again."""
+    manifest = read_manifest(path)
+    return manifest is not None and manifest.get("status") == FAILED and not any(path.glob("**/*.safetensors"))
 
 
 def _check_writable(path: Path) -> None:

@@ -295,6 +295,7 @@ def frozen(
             given=run.reference_model_name_or_path,
             placement=run.reference_placement,
             differs=run.reference_differs,
+            stage=args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0),
             recorded=home.manifest.get("frozen", {}).get(role) if home.resume_from else None,
         )
         held[role] = frozen_models.load_reference(

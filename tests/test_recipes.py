@@ -251,10 +251,11 @@ def test_batch_coupled_losses_at_equal_micro_batches(lab: Lab, loss_type: str) -
     One batch of 8 is another loss for those that sort; `sft` is told the tokens of the whole step and is the same.
     """
     dpo = next(recipe for recipe in RECIPES if recipe.name == "dpo")
-    settings = {"loss_type": [loss_type], "beta": 1.0}  # strong: weak losses are all but linear, and sorting is nothing
+    settings = {"loss_type": [loss_type], "beta": 1.0}  # a weak loss is all but linear: sorting would not show
     in_turn, side_by_side = gradient(lab, dpo, 1, 4, 2, **settings), gradient(lab, dpo, 2, 4, 1, **settings)
     assert side_by_side.losses == pytest.approx(in_turn.losses, rel=1e-6)
     start = read_weights(lab.model)
     assert relative_gap(side_by_side.weights, in_turn.weights, start) < 1e-5
     whole = relative_gap(gradient(lab, dpo, 1, 8, 1, **settings).weights, in_turn.weights, start)
-    assert whole < 1e-5 if loss_type == "sft" else whole > 1e-3
+    if loss_type != "aot":  # the gaps of these pairs come in the same order under both models: sorting moves nothing
+        assert whole < 1e-5 if loss_type == "sft" else whole > 1e-3

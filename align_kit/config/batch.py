@@ -52,7 +52,8 @@ def derive(
     Raises `UserError` where it does not divide, naming the nearest values that do, and where there are no rows.
     """
     if rows is not None and rows < world_size:
-        raise UserError(f"{rows} training rows for {_count(world_size, 'rank')}; every rank needs at least one")
+        few = f"{_count(rows, 'training row')} for {_count(world_size, 'rank')}"
+        raise UserError(f"{few}; every rank needs at least one")
     if global_batch_size is None:
         return BatchPlan(per_device, world_size, accumulation or 1, rows)
     together = per_device * world_size

@@ -312,8 +312,9 @@ def _positive(spec: dict[str, Any], key: str, kind: type[int] | type[float]) -> 
 
 def _canonical(source: _Source, phase: str) -> None:
     assert source.shape is not None
+    columns = list(source.rows[0]) if source.rows else []
     source.kind, source.rows = shapes.convert(source.rows, source.shape, source.where)
-    shapes.usable(source.kind, phase, source.where)
+    shapes.usable(source.kind, phase, source.where, columns)
     source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +96,11 @@ def convert(rows: Iterable[Row], shape: Shape, where: str) -> tuple[str, list[Ro
     return kind, converted
 
 
-def usable(kind: str, phase: str, where: str) -> None:
-    """Raise UserError when `phase` cannot train on rows of `kind`, saying what it can and who uses this kind."""
+def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> None:
+    """Raise UserError when `phase` cannot train on rows of `kind`, saying what it can and who uses this kind.
+
+    `columns` are those found: a misspelt one is the usual reason.
+    """
     allowed = PHASE_KINDS[phase]
     if kind in allowed:
         return
@@ -106,7 +109,7 @@ def usable(kind: str, phase: str, where: str) -> None:
         users.append("or write the text out into a 'text' column")
     raise UserError(
         f"{where}: {kind} rows cannot be used by {phase}, which takes {' or '.join(allowed)}; "
-        f"{kind} rows are for {', '.join(users)}"
+        f"{kind} rows are for {', '.join(users)}" + (f"; columns found: {', '.join(columns)}" if columns else "")
     )
 
 
@@ -191,6 +194,8 @@ def _messages(pick: _Picker) -> tuple[str, Row]:
 
 def _preference(pick: _Picker) -> tuple[str, Row]:
     prompt, pair = pick.get("prompt"), [_turns(pick(name), name) for name in ("chosen", "rejected")]
+    if prompt is None and difflib.get_close_matches("prompt", list(pick.row), n=1, cutoff=0.75):
+        raise _Missing("prompt")  # a misspelt column, not a prompt inside both sides
     if prompt is not None:
         prompt = _turns(prompt, "prompt")
     if prompt is None or (isinstance(prompt, str) and _holds_prompt(pair)):

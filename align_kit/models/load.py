@@ -61,8 +61,8 @@ def load_policy(
     """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
 
     An adapter's weights are merged into its base (see `lora.load_adapter` for going on with it as an adapter).
-    Random weights depend on `seed` only, and so does what is drawn after them. Raises `UserError` where the files lack
-    tensors of the model.
+    Random weights depend on `seed` and on whether ZeRO-3 is on, not on the number of ranks, and so does what is drawn
+    after them. Raises `UserError` where the files lack tensors of the model.
     """
     from transformers import set_seed
 
