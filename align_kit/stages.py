@@ -259,6 +259,11 @@ def policy(start: Start, config: Config, args: Any) -> Any:
 
 def _policy(start: Start, config: Config, args: Any) -> Any:
     fields = config.model
+    if fields.use_peft and start.source.weights.random:
+        raise UserError(
+            "use_peft needs a model to adapt, and this run would start from random weights that nobody keeps; give "
+            "model_name_or_path, or run the phase before"
+        )
     overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
     loading = {**_loading(config, args), "overrides": overrides}
     if not fields.use_peft:

@@ -63,7 +63,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
         ("--global_batch_size", "7"),
         r"global_batch_size=7 does not divide into 2 per rank x 2 ranks = 4; use global_batch_size 4 or 8",
     ),
-    "more ranks than rows": (on(rows("one.jsonl")), r"1 training rows for 2 ranks; every rank needs at least one"),
+    "more ranks than rows": (on(rows("one.jsonl")), r"1 training row for 2 ranks; every rank needs at least one"),
     "folder below a file": (
         ("--output_dir", "good.jsonl/out"),
         r"output_dir good.jsonl/out cannot be written \(Not a directory\); name another with --output_dir",

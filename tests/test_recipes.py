@@ -244,6 +244,17 @@ def test_gradient_of_any_cut(lab: Lab, recipe: Recipe, cut: str) -> None:
     assert relative_gap(parts.weights, whole.weights, read_weights(lab.model)) < 1e-5
 
 
+@each_recipe
+def test_rows_that_fill_up_the_last_batch_do_not_count(lab: Lab, recipe: Recipe) -> None:
+    """Where rows do not divide, accelerate repeats some so that every rank has a batch; an epoch is an epoch."""
+    data = lab.options(recipe.name)["datasets"][0]
+    few = {"datasets": [{**data, "max_samples": 5}], "max_steps": 2, "optim": "sgd"}
+    rows = gradient(lab, recipe, 1, 64, 1, **few)  # the whole epoch in one step, twice
+    ranks = gradient(lab, recipe, 2, 2, 16, **few)
+    assert ranks.losses == pytest.approx(rows.losses, rel=1e-6)
+    assert relative_gap(ranks.weights, rows.weights, read_weights(lab.model)) < 1e-5
+
+
 @pytest.mark.parametrize("loss_type", BATCH_COUPLED)
 def test_batch_coupled_losses_at_equal_micro_batches(lab: Lab, loss_type: str) -> None:
     """Losses that look at a whole micro-batch: two of 4 on one rank are one of 4 on each of two ranks.

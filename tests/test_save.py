@@ -30,7 +30,7 @@ def test_a_model_that_is_not_whole_is_not_saved(lab: Lab, tmp_path: Path, form: 
     """Something went wrong between engine and file: one line, exit code 2, no half-written model, not finished."""
     run = lab.start("sft", tmp_path / "run", harm=harm, deepspeed=lab.sharded, use_peft=form == "lora" or None)
     assert HARM[harm] in run.result.error() and "--resume" in run.result.error()
-    assert run.manifest["status"] == "running" and "result" not in run.manifest
+    assert run.manifest["status"] == "failed" and "result" not in run.manifest
     assert not left(run)
 
 

@@ -7,6 +7,7 @@ folder and output files; it runs either the command line of align_kit or a funct
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -37,8 +38,11 @@ def warm() -> None:
         "trl.trainer.dpo_config",
         "peft.tuners.lora",
         "accelerate.utils.deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # the engine's optimizer check imports it, 2 s each time
     ):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is here stays: a fork's collections need not walk it
 
 
 def become_rank(request: dict[str, Any], rank: int) -> int:

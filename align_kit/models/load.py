@@ -111,6 +111,7 @@ def _stored_model(
         raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
     model, loaded = read
     _check_loaded(source, loaded)
+    model.name_or_path = source.reference  # what PEFT writes into an adapter as the way back to its base
     return model  # type: ignore[no-any-return]
 
 

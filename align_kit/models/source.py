@@ -31,6 +31,11 @@ class Source:
     base: Source | None = None
 
     @property
+    def reference(self) -> str:
+        """What another folder can find this one by: the hub id, or the absolute path."""
+        return str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+
+    @property
     def is_adapter(self) -> bool:
         return self.base is not None
 

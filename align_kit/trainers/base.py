@@ -7,6 +7,7 @@ global batch is cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -62,6 +63,7 @@ class PhaseTrainer(Trainer):
     args: Any  # the phase's own config class, such as trl's DPOConfig
     model: Any
     model_wrapped: Any
+    train_dataset: Any
     headline: tuple[str, ...] = ("loss", "eval_loss")  # what the footer of a run shows
 
     def __init__(
@@ -76,6 +78,8 @@ class PhaseTrainer(Trainer):
         self.tallies = Tallies()
         self.tokens_computed = 0.0
         self.gates_passed = False
+        self._epoch_iterator: Any = None
+        self._batches_drawn = 0
         self.prepare()
 
     # --- what a method fills in ---
@@ -92,7 +96,7 @@ class PhaseTrainer(Trainer):
         """Return the loss of one micro-batch; `step` holds `counts` summed over the whole optimizer step."""
         raise NotImplementedError
 
-    def counts(self, batch: Mapping[str, Tensor]) -> list[int]:
+    def counts(self, batch: Mapping[str, Any]) -> list[int]:
         """Return what the step is normalised by; the first is the number of items (trained tokens, or pairs)."""
         raise NotImplementedError
 
@@ -120,9 +124,35 @@ class PhaseTrainer(Trainer):
         loss = outcome.total * (self.accelerator.num_processes / num_items_in_batch[0])
         return (loss, None) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        mine = torch.tensor([self.counts(batch) for batch in batch_samples], dtype=torch.float32, device=device).sum(0)
-        return self.accelerator.reduce(mine, "sum").clamp(min=1)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the micro-batches of one optimizer step, repeats marked, and its `counts` over all ranks."""
+        if epoch_iterator is not self._epoch_iterator:
+            self._epoch_iterator, self._batches_drawn = epoch_iterator, self._batches_skipped()
+        batches = []
+        for batch in itertools.islice(epoch_iterator, num_batches):
+            size = self.args.per_device_train_batch_size
+            batches.append(self._marked(batch, self._batches_drawn, size, len(self.train_dataset)))
+            self._batches_drawn += 1
+        mine = torch.tensor([self.counts(batch) for batch in batches], dtype=torch.float32, device=device).sum(0)
+        return batches, self.accelerator.reduce(mine, "sum").clamp(min=1)
+
+    def _batches_skipped(self) -> int:
+        """Return how many of this rank's batches of the epoch were trained on before: none, unless a run goes on."""
+        accumulation = self.args.gradient_accumulation_steps
+        batches: Any = self.callback_handler.train_dataloader
+        steps_per_epoch = -(-len(batches) // accumulation)
+        return self.state.global_step % max(1, steps_per_epoch) * accumulation
+
+    def _marked(self, batch: dict[str, Any], index: int, per_rank: int, items: int) -> dict[str, Any]:
+        """Return this rank's batch number `index` of a pass over `items`, with "keep": how many of its first count.
+
+        accelerate fills the last round up with repeats so that every rank has a batch: they must run, because ZeRO-3
+        gathers together, but must not count.
+        """
+        first = (index * self.accelerator.num_processes + self.accelerator.process_index) * per_rank
+        return {**batch, "keep": max(0, min(per_rank, items - first))}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics tallied since the last log, over all ranks, to a training line."""
@@ -153,21 +183,11 @@ class PhaseTrainer(Trainer):
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in self._without_repeats(dataloader):
+            for index, batch in enumerate(dataloader):
+                batch = self._marked(batch, index, self.args.per_device_eval_batch_size, len(dataloader.dataset))
                 outcome = self.batch_loss(model, self._prepare_inputs(batch), None)
                 tallies.add({"loss": (outcome.total, outcome.items), **outcome.tallies})
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in tallies.drain(self.accelerator).items()}
         nothing = cast(Any, None)  # predictions stay where they were made
         return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
-
-    def _without_repeats(self, dataloader: Any) -> Iterator[dict[str, Any]]:
-        """Yield this rank's batches, each with "keep": how many of its first items count.
-
-        accelerate fills the last round up with repeats so that every rank has a batch: they must run, because ZeRO-3
-        gathers together, but must not count.
-        """
-        items, world = len(dataloader.dataset), self.accelerator.num_processes
-        for index, batch in enumerate(dataloader):
-            first = (index * world + self.accelerator.process_index) * self.args.per_device_eval_batch_size
-            yield {**batch, "keep": max(0, min(self.args.per_device_eval_batch_size, items - first))}

@@ -33,12 +33,12 @@ class Language(PhaseTrainer):
         self.token_loss = LANGUAGE_LOSSES[name]
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
-        tokens = token_logps(model, batch).rows(0, batch.get("keep", len(batch["input_ids"])))
+        tokens = token_logps(model, batch).rows(0, batch["keep"])
         total, items = self.token_loss(tokens.logps_BT, tokens.mask_BT)
         return BatchLoss(total, items, accuracy(tokens))
 
-    def counts(self, batch: Mapping[str, Tensor]) -> list[int]:
-        return [int(batch["loss_mask"][:, 1:].sum())]
+    def counts(self, batch: Mapping[str, Any]) -> list[int]:
+        return [int(batch["loss_mask"][: batch["keep"], 1:].sum())]
 
 
 def accuracy(tokens: TokenLogps) -> dict[str, tuple[Tensor, Tensor]]:

@@ -48,7 +48,7 @@ class DPO(PhaseTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         pairs = len(batch["input_ids"]) // 2
-        keep = batch.get("keep", pairs)
+        keep = batch["keep"]
         policy = token_logps(model, batch, log_sum_sq=self.args.use_weighting)
         reference = self.frozen["reference"].token_logps(model, batch)
         if keep == 0:  # a batch of repeats: it ran for the other ranks' sake
@@ -69,10 +69,9 @@ class DPO(PhaseTrainer):
         "mean_token_accuracy",
     )
 
-    def counts(self, batch: Mapping[str, Tensor]) -> list[int]:
+    def counts(self, batch: Mapping[str, Any]) -> list[int]:
         """Return the pairs of a batch, and their chosen tokens (what the `sft` term is a mean over)."""
-        pairs = len(batch["input_ids"]) // 2
-        return [pairs, int(batch["loss_mask"][:pairs, 1:].sum())]
+        return [batch["keep"], int(batch["loss_mask"][: batch["keep"], 1:].sum())]
 
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Step-0 identity: without dropout the policy's log-ratio to its reference is 0 before any update."""
