@@ -51,7 +51,7 @@ def execute(recipe: Recipe, config: Config) -> None:
         tokenizer = stages.tokenizer(start, config)
         rows = stages.rows(recipe, config, tokenizer, args)
         plan = stages.batch(config, rows=len(rows.train.rows))
-        policy = stages.policy(start, config, args)
+        policy = stages.policy(recipe, start, config, args)
         frozen = stages.frozen(recipe, start, policy, config, args, home)
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
         narrate.record(recipe, config, home, start, rows, frozen, plan, args)

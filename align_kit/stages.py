@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,19 @@ def shown(config: Config, engine: Engine, plan: BatchPlan) -> dict[str, Any]:
     return zero.filled(engine.config, values)
 
 
+PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
 def _precision(config: Config) -> str:
-    bf16, fp16 = config.training.get("bf16"), config.training.get("fp16")
+    """Return what to train in: `bf16` and `fp16` where given, else a `dtype` that was given, else the hardware's."""
+    bf16, fp16, dtype = config.training.get("bf16"), config.training.get("fp16"), config.model.dtype
     if fp16:
         return "fp16"
-    return machine.hardware_precision() if bf16 is None else ("bf16" if bf16 else "fp32")
+    if bf16 is not None:
+        return "bf16" if bf16 else "fp32"
+    if config.given("dtype") and dtype in PRECISIONS:
+        return PRECISIONS[dtype]
+    return machine.hardware_precision()
 
 
 def batch(config: Config, rows: int | None = None) -> BatchPlan:
@@ -93,6 +101,7 @@ def process_group(config: Config, engine: Engine, plan: BatchPlan) -> Iterator[A
         args = config.training_arguments(
             deepspeed=engine.config,
             bf16=engine.precision == "bf16",
+            fp16=engine.precision == "fp16",
             gradient_accumulation_steps=plan.accumulation,
         )
         dist.barrier()  # gloo connects, and prints about it, at the first collective
@@ -123,7 +132,6 @@ class Start:
     digest: str
     why: str
     tokenizer: Source
-    recorded: dict[str, Any] = field(default_factory=dict)
 
 
 def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
@@ -247,17 +255,17 @@ def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
 # --- the models -------------------------------------------------------------------------------------------
 
 
-def policy(start: Start, config: Config, args: Any) -> Any:
+def policy(recipe: Recipe, start: Start, config: Config, args: Any) -> Any:
     """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for.
 
     What is "auto" in the engine's configuration and follows from the model's size is filled in.
     """
-    loaded = _policy(start, config, args)
+    loaded = _policy(recipe, start, config, args)
     zero.fill_sizes(args.hf_deepspeed_config.config, getattr(loaded.config, "hidden_size", None))
     return loaded
 
 
-def _policy(start: Start, config: Config, args: Any) -> Any:
+def _policy(recipe: Recipe, start: Start, config: Config, args: Any) -> Any:
     fields = config.model
     if fields.use_peft and start.source.weights.random:
         raise UserError(
@@ -270,7 +278,8 @@ def _policy(start: Start, config: Config, args: Any) -> Any:
         return load.load_policy(start.source, **loading)
     base = load.load_policy(start.source.weights, **loading)
     if start.source.is_adapter:
-        return lora.load_adapter(base, start.source, frozen_copy=frozen_models.REFERENCE_ADAPTER)
+        copy = frozen_models.REFERENCE_ADAPTER if "reference" in recipe.needs else None
+        return lora.load_adapter(base, start.source, frozen_copy=copy)
     return lora.add_lora(base, fields)
 
 

@@ -1,6 +1,6 @@
 """Pretraining on packed text, from random weights or continued.
 
-    accelerate launch --config_file ds_configs/launch_cpu2.yaml recipes/pretrain.py --config my.yaml --learning_rate 1e-5
+    accelerate launch --config_file ds_configs/launch_cpu2.yaml recipes/pretrain.py --config my.yaml
 """
 
 from align_kit.run import main

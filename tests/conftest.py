@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import ROOT, Ranks
+
+settings.register_profile("no files", database=None, deadline=None)
+settings.load_profile("no files")
 
 
 @pytest.fixture(scope="session")

@@ -79,12 +79,15 @@ def load_policy(
 def _random_model(
     source: Source, dtype: torch.dtype, seed: int, overrides: Any, attention: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
     config = load_config(source, overrides, trust_remote_code=trust_remote_code)
     set_seed(seed)
     chosen = {"attn_implementation": attention} if attention else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
+    if (source.folder / "generation_config.json").is_file():  # where completions end, for one
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
+    return model
 
 
 def _stored_model(

@@ -29,6 +29,7 @@ class Progress(TrainerCallback):
         self.first_step = 0
         self.latest: dict[str, float] = {}
         self.tokens = 0.0
+        self.tenth: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -62,8 +63,11 @@ class Progress(TrainerCallback):
             self.bar.write(text) if self.bar is not None else log.say(text)
 
     def _due(self, state: Any) -> bool:
-        every = max(1, state.max_steps // LINES)
-        return state.global_step == 1 or state.global_step % every == 0 or state.global_step == state.max_steps
+        """Tell whether this logged step is the first, the last, or the first of another tenth of the run."""
+        tenth = state.global_step * LINES // state.max_steps
+        due = self.tenth is None or tenth > self.tenth or state.global_step == state.max_steps
+        self.tenth = tenth
+        return due
 
     def _line(self, state: Any, logs: dict[str, float]) -> str:
         done = state.global_step - self.first_step

@@ -46,7 +46,9 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
         try:
             _write(trainer, staging, weights)
             _check_tensors(staging, weights, _expected(trainer))
-            gap = _compare(staging, probe, live, next(trainer.model.parameters()).dtype)
+            trusted = getattr(trainer.args, "trust_remote_code", False)
+            reopened = reopen(staging, next(trainer.model.parameters()).dtype, trust_remote_code=trusted)
+            gap = _compare(reopened, probe, live)
             for file in staging.iterdir():
                 os.replace(file, folder / file.name)
         finally:
@@ -125,9 +127,9 @@ def _is_stored(tensor: Tensor, name: str, stored: Mapping[str, Tensor]) -> bool:
     return any(other.shape == tensor.shape and torch.equal(other.to(tensor.dtype), tensor) for other in stored.values())
 
 
-def _compare(folder: Path, probe: Mapping[str, Tensor], live: Tensor, dtype: torch.dtype) -> float:
+def _compare(reopened: Any, probe: Mapping[str, Tensor], live: Tensor) -> float:
     """Return the greatest difference of a logit between the re-opened model and the live one, within tolerance."""
-    reopened = reopen(folder, dtype)
+    dtype = next(reopened.parameters()).dtype
     with torch.no_grad():
         logits = reopened(input_ids=probe["input_ids"], attention_mask=probe["attention_mask"]).logits.float()
     real = probe["attention_mask"].bool()
@@ -140,13 +142,15 @@ def _compare(folder: Path, probe: Mapping[str, Tensor], live: Tensor, dtype: tor
     return gap
 
 
-def reopen(folder: Path, dtype: torch.dtype) -> Any:
+def reopen(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """Return the model in `folder` as plain transformers (and PEFT) load it, on the CPU."""
     from transformers import AutoModelForCausalLM
 
     where = source.resolve(str(folder))
     with load.plain_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(str(where.weights.folder), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(where.weights.folder), dtype=dtype, trust_remote_code=trust_remote_code
+        )
         if where.is_adapter:
             from peft import PeftModel
 
