@@ -63,12 +63,13 @@ def answers(found: Mapping[str, Score], split: str) -> str:
     from align_kit.data import embedded
 
     problems = embedded.rows("sums_prompts", split)
+    width = max(len(TITLES[arm]) for arm in found)
     lines = []
     for number in range(3):
         lines.append(problems[number]["prompt"].strip())
         for arm, one in found.items():
             shown = " / ".join(one.shown[number].split("\n")) or "(nothing)"
-            lines.append(f"    {TITLES[arm]:<8} {shown[:100]}")
+            lines.append(f"    {TITLES[arm]:<{width}}  {shown[:100]}")
     return "\n".join(lines)
 
 
