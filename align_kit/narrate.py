@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -70,7 +71,7 @@ def header(
     log.say(f"  data       {rows.train.sentence()}")
     for line in rows.train.warnings:
         log.warn(line)
-    steps = args.max_steps if args.max_steps > 0 else int((plan.steps_per_epoch or 1) * args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil((plan.steps_per_epoch or 1) * args.num_train_epochs)
     epochs = steps / (plan.steps_per_epoch or 1)
     log.say(
         f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
