@@ -111,6 +111,18 @@ def naming_memory(plan: Plan) -> Iterator[None]:
         raise UserError(f"out of memory at {plan.sentence('rows')}; {_way_out(plan)}") from None
 
 
+@contextmanager
+def naming_packages() -> Iterator[None]:
+    """Turn a package that is not installed, asked for by some option, into one line."""
+    try:
+        yield
+    except ImportError as error:
+        if os.environ.get("ALIGN_KIT_TRACEBACK"):
+            traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"an option needs a package that is not installed: {reason}") from None
+
+
 def _way_out(plan: Plan) -> str:
     fewer = plan.smaller()
     if fewer is None:

@@ -54,6 +54,7 @@ def resolve_reference(
     differs: bool,
     recorded: Mapping[str, str] | None,
     stage: int = 3,
+    whole_modules: bool = False,
 ) -> tuple[source.Source, Identity]:
     """Decide which model the reference is and where it lives.
 
@@ -74,13 +75,18 @@ def resolve_reference(
             f"the reference {start.name} (digest {identity[:12]}) is not what the policy starts from ({policy.name}, "
             f"{policy_digest[:12]}); drop reference_model_name_or_path, or set reference_differs: true if meant so"
         )
-    chosen, reason = _place(placement, use_peft, separate=identity != policy_digest)
+    chosen, reason = _place(placement, use_peft, identity != policy_digest, whole_modules)
     if chosen == "sharded" and stage != 3:
         reason += f" (whole on each rank: ZeRO-{stage} shards no weights)"
     return start, Identity("reference", start.name, identity, chosen, reason, differs=identity != policy_digest)
 
 
-def _place(placement: str, use_peft: bool, *, separate: bool) -> tuple[str, str]:
+def _place(placement: str, use_peft: bool, separate: bool, whole_modules: bool) -> tuple[str, str]:
+    """Return where the reference lives and why; modules trained whole are not in the base any more."""
+    if use_peft and whole_modules and placement != "sharded":
+        if placement == "adapter":
+            raise UserError("reference_placement adapter cannot hold modules that lora_modules_to_save trains whole")
+        return "sharded", "lora_modules_to_save changes the base itself"
     if placement == "auto":
         placement = "adapter" if use_peft and not separate else "sharded"
         if placement == "adapter":

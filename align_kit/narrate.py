@@ -50,8 +50,19 @@ def record(
     )
 
 
+def _small_numbers(config: Config) -> str:
+    """Say so where a user's own model would train with the numbers of the embedded one; empty otherwise."""
+    recipe = f"recipes/{config.phase}.yaml"
+    numbers = ("learning_rate", "max_length", "max_steps", "per_device_train_batch_size")
+    theirs = [name for name in numbers if recipe in config.origin.get(name, "")]
+    if config.origin.get("model_name_or_path") != "command line" or not theirs:
+        return ""
+    return f"{', '.join(theirs)}: from {recipe}, made for the small embedded model; give your own with --config"
+
+
 def header(
     recipe: Recipe,
+    config: Config,
     engine: Engine,
     start: Start,
     rows: Prepared,
@@ -68,14 +79,18 @@ def header(
     for role, held in frozen.items():
         who = held.identity
         log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")
-    log.say(f"  data       {rows.train.sentence()}")
-    for line in rows.train.warnings:
+    splits = [rows.train, *([rows.eval] if rows.eval else [])]
+    for title, split in zip(("data", "eval"), splits, strict=False):
+        log.say(f"  {title:<10} {split.sentence()}")
+    for line in dict.fromkeys(line for split in splits for line in split.warnings):
         log.warn(line)
     steps = args.max_steps if args.max_steps > 0 else math.ceil((plan.steps_per_epoch or 1) * args.num_train_epochs)
     epochs = steps / (plan.steps_per_epoch or 1)
     log.say(
         f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
     )
+    if note := _small_numbers(config):
+        log.say(f"  note       {note}")
     resumed = f", going on from {home.resume_from}" if home.resume_from else ""
     log.say(f"  output     {home.path}{resumed}")
 

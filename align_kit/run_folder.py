@@ -33,6 +33,7 @@ class RunFolder:
     path: Path
     manifest: dict[str, Any]
     resume_from: Path | None = None
+    replaces: bool = False  # what stands there goes once everything the new run needs has been found
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
@@ -43,6 +44,33 @@ class RunFolder:
             if self.manifest and int(os.environ.get("RANK", "0")) == 0:
                 self.write(status=FAILED, failure=str(error)[:500])
             raise
+
+    def refuse_inside(self, option: str, used: str | Path | None) -> None:
+        """Refuse to replace a folder that holds what the new run is made from."""
+        if self.replaces and used and Path(used).expanduser().resolve().is_relative_to(self.path.resolve()):
+            raise UserError(f"--overwrite would delete the {option} {used} in output_dir {self.path}; name another")
+
+    def clear(self) -> None:
+        """Remove what the new run replaces; called when everything it needs has been found, on rank 0."""
+        if self.replaces:
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            self.replaces = False
+
+    def check_same_run(self, phase: str, world_size: int) -> None:
+        """Refuse to go on with another phase's run, or on another number of ranks than its checkpoint was cut for."""
+        if self.resume_from is None or not self.manifest:
+            return
+        was = self.manifest.get("phase"), self.manifest.get("world_size")
+        if was[0] != phase:
+            raise UserError(
+                f"--resume: {self.path} is a {was[0]} run, not a {phase} run; go on with the {was[0]} recipe"
+            )
+        if was[1] != world_size:
+            raise UserError(
+                f"--resume: the run in {self.path} had a world size of {was[1]}, now it is {world_size}; its "
+                f"checkpoints are cut for {was[1]}: start that many ranks"
+            )
 
     def write(self, **entries: Any) -> None:
         """Lay `entries` over the manifest and store it: whole or not at all."""
@@ -73,16 +101,18 @@ def open_folder(output_dir: str, *, resume: str | None, overwrite: bool, first: 
     path = Path(output_dir).expanduser()
     if resume:
         return RunFolder(path, read_manifest(path) or {}, _checkpoint(path, resume))
-    if first:
-        if path.is_dir() and any(path.iterdir()):
-            _clear(path, overwrite)
-        _check_writable(path)
-    return RunFolder(path, {})
+    if not first:
+        return RunFolder(path, {})
+    replaces = path.is_dir() and any(path.iterdir())
+    if replaces:
+        _check_replaceable(path, overwrite)
+    _check_writable(path)
+    return RunFolder(path, {}, replaces=replaces)
 
 
-def _clear(path: Path, overwrite: bool) -> None:
+def _check_replaceable(path: Path, overwrite: bool) -> None:
     if _left_nothing(path):
-        overwrite = True
+        return
     if not overwrite:
         raise UserError(
             f"output_dir {path} is not empty; go on with --resume, replace it with --overwrite, or name another"
@@ -91,13 +121,13 @@ def _clear(path: Path, overwrite: bool) -> None:
         raise UserError(
             f"output_dir {path} is not empty and holds no run of align_kit; remove it yourself if it may go"
         )
-    shutil.rmtree(path)
 
 
 def _left_nothing(path: Path) -> bool:
-    """Tell whether the run in `path` failed before it had stored any weights: nothing is lost by starting again."""
+    """Tell whether the run in `path` failed before it had stored anything: nothing is lost by starting again."""
     manifest = read_manifest(path)
-    return manifest is not None and manifest.get("status") == FAILED and not any(path.glob("**/*.safetensors"))
+    stored = checkpoints(path) or any(path.glob("**/*.safetensors"))
+    return manifest is not None and manifest.get("status") == FAILED and not stored
 
 
 def _check_writable(path: Path) -> None:
@@ -117,6 +147,11 @@ def _checkpoint(path: Path, resume: str) -> Path:
         if not (chosen / "trainer_state.json").is_file():
             raise UserError(
                 f"--resume {resume}: no checkpoint there (no trainer_state.json); give a checkpoint-N folder"
+            )
+        if chosen.resolve().parent != path.resolve():
+            raise UserError(
+                f"--resume {resume} is a checkpoint of another run than output_dir {path}; a run goes on in its own "
+                f"folder: give --output_dir {chosen.parent}"
             )
         return chosen
     found = checkpoints(path)

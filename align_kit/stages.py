@@ -42,6 +42,8 @@ def start(config: Config) -> Engine:
     launch = zero.read_launch(os.environ)
     precision = _precision(config)
     zero.check_precision(precision, launch)
+    if precision == "fp16" and machine.device_name() == "CPU":
+        raise UserError("fp16 does not train on a CPU; use --bf16 true, or leave both out for what the hardware does")
     engine, label = zero.choose(config.training.get("deepspeed"), launch)
     zero.check_buildable(engine, label)
     for line in machine.check_locks(zero.needs_build(engine), os.environ):
@@ -94,6 +96,8 @@ def process_group(config: Config, engine: Engine, plan: BatchPlan) -> Iterator[A
     """Join the ranks and yield the phase's training arguments; leave the group at the end."""
     import torch.distributed as dist
 
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        config.training.setdefault("use_cpu", True)
     zero.forget_launch(os.environ)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the arguments say it
     with open(os.devnull, "w") as nowhere, log.native_output_to(nowhere.fileno()):
@@ -121,6 +125,20 @@ def open_home(config: Config, args: Any) -> RunFolder:
         )
 
 
+def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None:
+    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it."""
+    used: list[tuple[str, str | Path | None]] = [
+        ("model", start.source.folder),
+        ("base model", start.source.weights.folder),
+    ]
+    used += [("tokenizer", start.tokenizer.folder), ("reference", config.run.reference_model_name_or_path)]
+    used += [("data", entry.path) for entry in [*config.data.datasets, *config.data.eval_datasets]]
+    for option, place in used:
+        home.refuse_inside(option, place)
+    if args.process_index == 0:
+        home.clear()
+
+
 # --- where the policy starts ------------------------------------------------------------------------------
 
 
@@ -140,7 +158,11 @@ def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
     A resumed run starts from what its manifest names.
     """
     model = config.model
+    home.check_same_run(recipe.name, machine.world_size())
     if home.resume_from is not None and "policy" in home.manifest:
+        recorded = home.manifest["policy"]["name"]
+        if model.model_name_or_path not in (None, recorded):
+            log.warn(f"model_name_or_path {model.model_name_or_path} is not read: the run goes on from {recorded}")
         return _recorded_start(home.manifest["policy"], config)
     if model.config_name:
         where, why = source.resolve(model.config_name, random=True, option="config_name"), "random weights"
@@ -255,12 +277,13 @@ def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
 # --- the models -------------------------------------------------------------------------------------------
 
 
-def policy(recipe: Recipe, start: Start, config: Config, args: Any) -> Any:
+def policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) -> Any:
     """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for.
 
     What is "auto" in the engine's configuration and follows from the model's size is filled in.
     """
     loaded = _policy(recipe, start, config, args)
+    load.check_vocabulary(loaded, words, start.tokenizer.name)
     zero.fill_sizes(args.hf_deepspeed_config.config, getattr(loaded.config, "hidden_size", None))
     return loaded
 
@@ -309,6 +332,7 @@ def frozen(
             given=run.reference_model_name_or_path,
             placement=run.reference_placement,
             differs=run.reference_differs,
+            whole_modules=bool(config.model.lora_modules_to_save) or lora.trains_whole_modules(start.source),
             stage=args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0),
             recorded=home.manifest.get("frozen", {}).get(role) if home.resume_from else None,
         )

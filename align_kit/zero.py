@@ -22,7 +22,12 @@ from align_kit.resources import folder
 DEFAULT = "zero3"
 SMALLEST_BUCKET = 1 << 22
 SMALLEST_PERSISTENCE = 100_000
-LAUNCH_PREFIXES = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_USE_DEEPSPEED")
+LAUNCH_PREFIXES = (
+    "ACCELERATE_DEEPSPEED_",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_CPU",  # accelerate would leave the engine out; the arguments say use_cpu
+)
 
 # Free-form sections: their keys go to a constructor that refuses unknown ones itself.
 FREE_FORM = ("optimizer.params", "scheduler.params")
@@ -210,10 +215,13 @@ class Launch:
     stage: int | None = None
     config_file: str | None = None
     mixed_precision: str | None = None
+    offload: tuple[tuple[str, str], ...] = ()  # (offload_optimizer or offload_param, device)
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
     """Return what `accelerate launch` says about the engine in `environ`."""
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("the launch file asks for FSDP, align_kit runs on DeepSpeed; use ds_configs/launch_zero3.yaml")
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return Launch()
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -222,6 +230,11 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         stage=int(stage) if stage and stage != "None" else None,
         config_file=file if file and file != "None" else None,
         mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION"),
+        offload=tuple(
+            (part, device)
+            for part in ("offload_optimizer", "offload_param")
+            if (device := environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")) not in ("none", "None")
+        ),
     )
 
 
@@ -232,11 +245,13 @@ def choose(given: str | Mapping[str, Any] | None, launch: Launch) -> tuple[dict[
     launch file ask for different things.
     """
     if given is None and launch.config_file:
-        return load(launch.config_file), f"{launch.config_file} (from the launch file)"
+        return _storing_whole(load(launch.config_file)), f"{launch.config_file} (from the launch file)"
+    if given is None and (launch.stage is not None or launch.offload):
+        return _storing_whole(_asked_by(launch)), f"stage {launch.stage}, from the launch file"
     name = given if given is not None else DEFAULT
-    config = load(name)
+    config = _storing_whole(load(name))
     label = name if isinstance(name, str) else "given inline"
-    if launch.config_file and load(launch.config_file) != config:
+    if launch.config_file and _storing_whole(load(launch.config_file)) != config:
         raise UserError(
             f"the launch file names the DeepSpeed configuration {launch.config_file} and the run's `deepspeed:` names "
             f"{label}, which differs; drop one of them"
@@ -247,7 +262,34 @@ def choose(given: str | Mapping[str, Any] | None, launch: Launch) -> tuple[dict[
             f"the launch file asks for ZeRO stage {launch.stage} and the run's configuration ({label}) for stage "
             f"{stage}; give the run `--deepspeed zero{launch.stage}` or change `zero_stage` in the launch file"
         )
+    here = config.get("zero_optimization", {})
+    for part, device in () if launch.config_file else launch.offload:
+        if here.get(part, {}).get("device", "none") != device:
+            raise UserError(
+                f"the launch file asks for {part} on {device} and the run's configuration ({label}) does not; drop it "
+                "there, or give the run --deepspeed zero3_offload"
+            )
     return config, label
+
+
+def _asked_by(launch: Launch) -> dict[str, Any]:
+    """Return the shipped configuration of the stage a launch file asks for, with the offload it asks for."""
+    stage = 3 if launch.stage is None else launch.stage
+    config = load("zero3" if stage == 3 else "zero2")
+    config["zero_optimization"]["stage"] = stage
+    for part, device in launch.offload:
+        config["zero_optimization"][part] = {"device": device, "pin_memory": True}
+    if launch.offload:
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: nothing to compile
+    return config
+
+
+def _storing_whole(config: dict[str, Any]) -> dict[str, Any]:
+    """Let a ZeRO-3 engine gather its weights for the final model; refuse a configuration that forbids it."""
+    zero, key = config.get("zero_optimization", {}), "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and zero.setdefault(key, True) is False:
+        raise UserError(f"zero_optimization.{key} is false, but the final model is stored whole; drop the key")
+    return config
 
 
 def check_precision(precision: str, launch: Launch) -> None:

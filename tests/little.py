@@ -35,7 +35,7 @@ def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> li
 # Every line a run may print where nothing is wrong: its header, its progress, its footer.
 OURS = re.compile(
     r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
-    r"|  (policy|reference|data|batch|output) +\S.*"
+    r"|  (policy|reference|data|eval|batch|note|output) +\S.*"
     r"|  step \d+/\d+  loss \d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
     r"|  step \d+: eval loss \d+\.\d{4}"
     r"|done in [\d:]+, \d+ steps: .* tokens/s"

@@ -50,6 +50,7 @@ def test_the_reference_is_the_policys_start(places: dict[str, Path]) -> None:
     ({"use_peft": True}, "adapter", "the policy's base already holds it"),
     ({"use_peft": True, "placement": "sharded"}, "sharded", "as configured"),
     ({"use_peft": True, "given": "other", "differs": True}, "sharded", "needs its own"),
+    ({"use_peft": True, "whole_modules": True}, "sharded", "lora_modules_to_save changes the base itself"),
 ])  # fmt: skip
 def test_placement_and_its_reason(places: dict[str, Path], asked: dict[str, Any], placement: str, reason: str) -> None:
     given = {"given": str(places[asked["given"]])} if "given" in asked else {}
@@ -66,6 +67,7 @@ def test_another_copy_of_the_start_is_the_start(places: dict[str, Path], tmp_pat
 @pytest.mark.parametrize(("asked", "message"), [
     ({"given": "other"}, "is not what the policy starts from .* reference_differs: true"),
     ({"placement": "adapter"}, "reference_placement adapter needs use_peft"),
+    ({"placement": "adapter", "use_peft": True, "whole_modules": True}, "cannot hold modules that lora_modules"),
     ({"placement": "adapter", "use_peft": True, "given": "other", "differs": True}, "use sharded"),
 ])  # fmt: skip
 def test_refused_references(places: dict[str, Path], asked: dict[str, Any], message: str) -> None:

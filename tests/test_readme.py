@@ -61,9 +61,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     pairs = [{"prompt": f"{i} and {i}?\n", "chosen": f"{2 * i}", "rejected": f"{i}"} for i in range(64)]
     (place / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "my_pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    found = re.search(r"```yaml\n# my.yaml\n(.*?)```", README, re.S)
-    assert found
-    (place / "my.yaml").write_text(found[1])
+    for name, text in re.findall(r"```yaml\n# (my_\w+\.yaml)\n(.*?)```", README, re.S):
+        (place / name).write_text(text)
     return place
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from align_kit import run_folder
 from align_kit.errors import UserError
-from align_kit.run_folder import RunFolder, open_folder
+from align_kit.run_folder import RunFolder, open_folder, read_manifest
 
 
 def finished(folder: Path, phase: str, status: str = run_folder.FINISHED) -> Path:
@@ -43,10 +43,54 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").is_file()
 
 
-def test_overwrite_replaces_a_run_whole(tmp_path: Path) -> None:
+def test_overwrite_replaces_a_run_whole_and_late(tmp_path: Path) -> None:
+    """Nothing goes while the new run may still fail for a typo; then all of it goes."""
     checkpoint(finished(tmp_path / "out", "sft"), 3)
     home = open_folder(str(tmp_path / "out"), resume=None, overwrite=True)
-    assert home.manifest == {} and list(home.path.iterdir()) == []
+    assert home.manifest == {} and home.replaces and read_manifest(home.path) is not None
+    home.clear()
+    assert list(home.path.iterdir()) == [] and not home.replaces
+
+
+def test_overwrite_through_a_link_empties_the_folder_behind_it(tmp_path: Path) -> None:
+    finished(tmp_path / "real", "sft")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    open_folder(str(tmp_path / "link"), resume=None, overwrite=True).clear()
+    assert (tmp_path / "link").is_symlink() and list((tmp_path / "real").iterdir()) == []
+
+
+def test_overwrite_spares_what_the_new_run_is_made_from(tmp_path: Path) -> None:
+    finished(tmp_path / "out", "sft")
+    home = open_folder(str(tmp_path / "out"), resume=None, overwrite=True)
+    home.refuse_inside("data", tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match="--overwrite would delete the data .*rows.jsonl in output_dir"):
+        home.refuse_inside("data", tmp_path / "out" / "rows.jsonl")
+
+
+def test_a_failed_run_with_checkpoints_is_not_nothing(tmp_path: Path) -> None:
+    home = finished(tmp_path / "out", "sft")
+    manifest = {**(read_manifest(home) or {}), "status": "failed"}
+    (home / "manifest.json").write_text(json.dumps(manifest))
+    assert open_folder(str(home), resume=None, overwrite=False).replaces  # nothing stored: it may be started again
+    checkpoint(home, 3)
+    with pytest.raises(UserError, match="is not empty"):
+        open_folder(str(home), resume=None, overwrite=False)
+
+
+def test_resume_stays_in_its_own_run(tmp_path: Path) -> None:
+    checkpoint(finished(tmp_path / "one", "dpo"), 2)
+    finished(tmp_path / "two", "dpo")
+    with pytest.raises(UserError, match="is a checkpoint of another run than output_dir .*two; .* --output_dir .*one"):
+        open_folder(str(tmp_path / "two"), resume=str(tmp_path / "one" / "checkpoint-2"), overwrite=False)
+
+
+def test_resume_is_of_the_same_phase_and_world(tmp_path: Path) -> None:
+    home = RunFolder(tmp_path, {"phase": "dpo", "world_size": 2}, resume_from=tmp_path / "checkpoint-2")
+    home.check_same_run("dpo", 2)
+    with pytest.raises(UserError, match="is a dpo run, not a sft run"):
+        home.check_same_run("sft", 2)
+    with pytest.raises(UserError, match="had a world size of 2, now it is 1"):
+        home.check_same_run("dpo", 1)
 
 
 def test_overwrite_spares_what_is_no_run(tmp_path: Path) -> None:

@@ -112,7 +112,6 @@ def test_reading_a_launch_file(environ: dict[str, str], launch: Launch) -> None:
 
 CHOICES = [
     (None, Launch(), "zero3"),
-    (None, Launch(stage=3), "zero3"),
     ("zero2", Launch(), "zero2"),
     ("zero2", Launch(stage=2), "zero2"),
     ("zero3", Launch(stage=2, config_file="zero3"), "zero3"),  # accelerate ignores the stage beside a file
@@ -126,10 +125,31 @@ def test_who_wins(given: str | None, launch: Launch, label: str) -> None:
     assert said == label and config == zero.load(label.split()[0])
 
 
+def test_a_launch_files_engine_is_used_where_the_run_says_nothing() -> None:
+    assert zero.choose(None, Launch(stage=2))[0]["zero_optimization"]["stage"] == 2
+    assert zero.choose(None, Launch(stage=3)) == (zero.load("zero3"), "stage 3, from the launch file")
+    asked = Launch(stage=3, offload=(("offload_optimizer", "cpu"), ("offload_param", "cpu")))
+    config, _ = zero.choose(None, asked)
+    assert config == zero.load("zero3_offload")
+
+
+def test_a_zero3_engine_can_always_store_its_weights() -> None:
+    key = "stage3_gather_16bit_weights_on_model_save"
+    config, _ = zero.choose({"zero_optimization": {"stage": 3}}, Launch())
+    assert config["zero_optimization"][key] is True
+    with pytest.raises(UserError, match=f"{key} is false, but the final model is stored whole"):
+        zero.choose({"zero_optimization": {"stage": 3, key: False}}, Launch())
+
+
+def test_a_launch_file_for_fsdp_is_refused() -> None:
+    with pytest.raises(UserError, match="asks for FSDP"):
+        zero.read_launch({"ACCELERATE_USE_FSDP": "true"})
+
+
 DISAGREEMENTS = [
     ("zero3", Launch(stage=2), r"launch file asks for ZeRO stage 2 .*\(zero3\) for stage 3; .*`--deepspeed zero2`"),
     ("zero2", Launch(stage=3), r"stage 3 .*\(zero2\) for stage 2"),
-    (None, Launch(stage=2), r"stage 2 .*stage 3"),
+    ("zero3", Launch(stage=3, offload=(("offload_param", "cpu"),)), r"offload_param on cpu .*does not"),
     ("zero3", Launch(config_file="zero2"), r"names .*zero2 .*`deepspeed:` names zero3, which differs; drop one"),
 ]
 

@@ -160,6 +160,9 @@ def _evaluation(config: Config) -> Iterator[str]:
     patience = config.run.early_stopping_patience
     if patience is not None:
         yield f"early_stopping_patience={patience} needs evaluation; set eval_strategy: steps or epoch"
+    for name in ("test_split_size", "eval_datasets"):
+        if getattr(config.data, name):
+            yield f"{name} ({config.origin[name]}) needs evaluation; set eval_strategy: steps or epoch"
     for name in ("load_best_model_at_end", "do_eval"):
         if config.training.get(name):
             yield f"{name} ({config.origin[name]}) needs evaluation; set eval_strategy: steps or epoch"

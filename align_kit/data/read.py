@@ -102,6 +102,8 @@ def _json(path: Path) -> list[Row]:
             return _jsonl(path)  # JSON lines under the name .json, which Hugging Face reads too
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     rows = value.get("data", [value]) if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds {type(rows).__name__} where rows belong; give a list of JSON objects")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: a row must be a JSON object, got {type(row).__name__}")

@@ -94,9 +94,13 @@ class Renderer:
         return masked
 
     def _marked(self, messages: list[Row], row: Row) -> tuple[Ids, list[int]]:
-        out: Any = self.tokenizer.apply_chat_template(
-            _clean(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._options(row)
-        )
+        options = self._options(row)
+        try:
+            out: Any = self.tokenizer.apply_chat_template(
+                _clean(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+            )
+        except TypeError as error:
+            raise UserError(f"the chat template cannot render a conversation ({error}); content must be text") from None
         return list(out["input_ids"]), list(out["assistant_masks"])
 
     def _prefixed(self, messages: list[Row], row: Row) -> tuple[Ids, list[int]]:

@@ -110,6 +110,9 @@ def _stored_model(
             **chosen,
             **model_init,
         )
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.name} cannot be loaded: {reason}") from None
     except SafetensorError as error:
         raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
     model, loaded = read
@@ -174,6 +177,16 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise `UserError` where the tokenizer has tokens the model has no embedding for."""
+    rows = getattr(model.config, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and the model embeddings for {rows}; give the "
+            "model's own tokenizer, or a model whose embeddings were resized to it"
+        )
 
 
 @contextmanager

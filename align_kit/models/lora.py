@@ -6,6 +6,7 @@ every adapter is created first, trainability is set once, and switching only set
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,13 @@ def load_adapter(base: PreTrainedModel, source: Source, *, frozen_copy: str | No
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{TRAINED}." in name)
     return model
+
+
+def trains_whole_modules(source: Source) -> bool:
+    """Tell whether a stored adapter carries whole modules (`modules_to_save`) beside its low-rank part."""
+    if not source.is_adapter:
+        return False
+    return bool(json.loads((source.folder / "adapter_config.json").read_text()).get("modules_to_save"))
 
 
 @contextmanager

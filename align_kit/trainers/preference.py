@@ -94,7 +94,6 @@ class DPO(PhaseTrainer):
                 f"{worst[1]:.4g}, not 0; the reference ({who.name}, digest {who.digest[:12]}) is not what the policy "
                 "starts from; set reference_differs: true if that is meant"
             )
-        self.identity_gap = float(worst[1])
 
 
 def _pairs(policy: TokenLogps, reference: TokenLogps, pairs: int, keep: int) -> Pairs:
