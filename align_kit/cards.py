@@ -7,8 +7,10 @@ Markdown (Gebru et al. 2021) below. Cards are data; nothing here opens the rows 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +143,21 @@ class Card:
 def is_template(text: str) -> bool:
     """Tell whether `text` is a prompt template: `chat`, or a text that holds {prompt} (alone it changes nothing)."""
     return text == "chat" or "{prompt}" in text
+
+
+def checker(card: Card) -> Callable[[str, str, str], Any]:
+    """Return the function the card names to judge a completion: (prompt, completion, answer) -> verdict.
+
+    Raises UserError when the card names none, or one that cannot be imported.
+    """
+    dotted = card.block.checker
+    if dotted is None:
+        raise UserError(f"card {card.name} names no checker; add one to its align_kit block, as card gsm8k does")
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"card {card.name}: checker {dotted} cannot be imported ({error})") from None
 
 
 def licence_warnings(licences: tuple[str, ...]) -> list[str]:

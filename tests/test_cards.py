@@ -192,3 +192,14 @@ def test_alternatives_are_built_in():
     for phase in ("pretrain", "sft", "dpo", "reward", "kto", "orpo", "ppo"):
         names = cards.alternatives(phase)
         assert names and all(cards.load_card(name).block.source.kind == "builtin" for name in names)
+
+
+def test_one_checker_serves_the_embedded_and_the_real_problems() -> None:
+    embedded, real = (cards.checker(cards.load_card(name)) for name in ("sums_prompts", "gsm8k"))
+    assert embedded is real
+    assert real("2 and 3?\n", "2+3=5\n#### 5", "#### 5").exact
+
+
+def test_a_card_without_a_checker_says_so() -> None:
+    with pytest.raises(UserError, match="card tinyshakespeare names no checker"):
+        cards.checker(cards.load_card("tinyshakespeare"))

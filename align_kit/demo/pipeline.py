@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from align_kit import log
+from align_kit import cards, log
 from align_kit.data import embedded
-from align_kit.data.checkers import check, rank_pairs
+from align_kit.data.checkers import rank_pairs
 from align_kit.data.embedded import sums
 from align_kit.demo import table
-from align_kit.demo.score import Score, score
+from align_kit.demo.score import CARD, Score, score
 from align_kit.demo.workers import spread
 from align_kit.errors import EXIT_CODE, UserError
 from align_kit.resources import folder
@@ -84,7 +84,7 @@ def one_seed(seed: int, options: Options) -> dict[str, Score]:
     if options.control:
         phase("dpo", home, seed, options, data=shuffled(pairs, seed), name=CONTROL)
         arms.append(CONTROL)
-    problems = embedded.rows("sums_prompts", options.split)
+    problems = embedded.rows(CARD, options.split)
     log.say(f"scoring {len(problems)} held-out problems ({options.split})")
     scores = {arm: score(home / arm, problems, processes=options.ranks, seed=seed) for arm in arms}
     (home / "scores.json").write_text(json.dumps({arm: one.as_dict() for arm, one in scores.items()}))
@@ -120,6 +120,7 @@ def draw_pairs(home: Path, seed: int, processes: int) -> Path:
     problems = sums.prompts("train", PROMPTS, seed=1000 + seed)
     prompts = [row["prompt"] for row in problems]
     drawn = spread(home / "sft", prompts, processes, samples=DRAWS, temperature=1.0, seed=seed)
+    check = cards.checker(cards.load_card(CARD))
     place, count = home / "pairs.jsonl", 0
     with place.open("w") as stream:
         for row, texts in zip(problems, drawn.completions, strict=True):

@@ -9,9 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from align_kit.data.checkers import check, distinct
+from align_kit import cards
+from align_kit.data.checkers import distinct
 from align_kit.demo.workers import spread
 
+CARD = "sums_prompts"  # names the problems and the checker that judges answers to them
 SAMPLES = 4  # sampled completions per problem, at temperature 1
 
 
@@ -40,6 +42,7 @@ def score(folder: Path, problems: Sequence[dict[str, str]], *, processes: int, s
     prompts, answers = [row["prompt"] for row in problems], [row["answer"] for row in problems]
     best = spread(folder, prompts, processes, samples=1, temperature=0.0, seed=seed, references=answers)
     drawn = spread(folder, prompts, processes, samples=SAMPLES, temperature=1.0, seed=seed)
+    check = cards.checker(cards.load_card(CARD))
     verdicts = [check(p, texts[0], a) for p, texts, a in zip(prompts, best.completions, answers, strict=True)]
     exact = [
         fmean(check(p, text, a).exact for text in texts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from align_kit.demo.score import Score, gain
+from align_kit.demo.score import CARD, Score, gain
 from align_kit.telemetry.clock import clock
 
 TITLES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO", "control": "DPO, shuffled pairs"}
@@ -62,7 +62,7 @@ def answers(found: Mapping[str, Score], split: str) -> str:
     """Return three problems with each model's greedy answer on one line."""
     from align_kit.data import embedded
 
-    problems = embedded.rows("sums_prompts", split)
+    problems = embedded.rows(CARD, split)
     width = max(len(TITLES[arm]) for arm in found)
     lines = []
     for number in range(3):
