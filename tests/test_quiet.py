@@ -36,7 +36,8 @@ def test_a_clean_run_prints_nothing_of_others(name: str, ranks: Ranks, tmp_path:
     assert not strangers(done.text), "\n".join(strangers(done.text))
     assert done.output[1] == "", "rank 0 speaks"
     lines = done.text.splitlines()
-    assert len(lines) < 17 and lines[-1].startswith("saved and verified: out ")
+    most = 17 if "everything on" in name else 15  # evaluation and its data have lines of their own
+    assert len(lines) < most and lines[-1].startswith("saved and verified: out ")
     assert len([line for line in lines if re.match(r"  step \d/3  loss", line)]) == 3
 
 

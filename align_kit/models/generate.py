@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ def complete(
     max_new_tokens: int = 64,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[str]]:
     """Return `samples` completions of each prompt; temperature 0 is greedy and gives the one there is.
 
-    Prompts of like length share a batch (padded on the left); `progress` is told how many sequences are done. The
+    Prompts of like length share a batch (padded on the left). The
     same arguments give the same completions.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -45,7 +44,6 @@ def complete(
         texts = _one_batch(model, tokenizer, [prompts[i] for i in batch], temperature, max_new_tokens)
         for i, text in zip(batch, texts, strict=True):
             found[i].append(text)
-        progress(start + len(batch))
     return found
 
 

@@ -56,7 +56,6 @@ def load_policy(
     overrides: Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    **model_init: Any,
 ) -> PreTrainedModel:
     """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
 
@@ -71,7 +70,7 @@ def load_policy(
     elif source.is_adapter:
         model = _merged(source, dtype, attn_implementation, trust_remote_code)
     else:
-        model = _stored_model(source, dtype, attn_implementation, trust_remote_code, **model_init)
+        model = _stored_model(source, dtype, attn_implementation, trust_remote_code)
     set_seed(seed)  # what is drawn next, such as a new adapter, depends on the seed alone
     return model
 
@@ -91,7 +90,7 @@ def _random_model(
 
 
 def _stored_model(
-    source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, **model_init: Any
+    source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -108,7 +107,6 @@ def _stored_model(
             ignore_mismatched_sizes=True,  # so that they are named below, not in a table on standard error
             output_loading_info=True,
             **chosen,
-            **model_init,
         )
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
