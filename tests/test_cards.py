@@ -15,7 +15,8 @@ from tests.data_rows import REAL, needs_real_data
 NAMES = sorted(file.stem for file in folder("data_cards").glob("*.md"))
 NEEDED = {"gsm8k", "gsm8k_solution_pairs", "gsm8k_solution_labels", "llamafactory_dpo_en", "ultrafeedback_binarized",
           "hh-rlhf", "tinyshakespeare", "wikitext-2", "xstest_prompts", "xstest_pairs", "truthfulqa", "self_instruct",
-          "llamafactory_c4_demo", "cpython_docs", "sums_text", "sums_sft", "sums_pairs", "sums_prompts"}  # fmt: skip
+          "llamafactory_c4_demo", "cpython_docs", "sums_text", "sums_sft", "sums_pairs", "sums_labels",
+          "sums_prompts"}  # fmt: skip
 GOOD = {
     "pretty_name": "Mine",
     "license": "mit",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_kit.data.checkers import Ranked, Verdict, answer_of, check, distinct, rank_pairs
+from align_kit.data.checkers import Ranked, Verdict, answer_of, check, distinct, exact_reward, rank_pairs
 from align_kit.errors import UserError
 
 GSM8K = Path(os.environ.get("ALIGN_KIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "gsm8k"
@@ -67,6 +67,25 @@ def test_answer_of(text: str, number: str) -> None:
 def test_answer_of_a_text_without_one(text: str) -> None:
     with pytest.raises(UserError, match="has no number; write it as"):
         answer_of(text)
+
+
+def test_exact_reward_is_the_checker_as_trl_calls_it() -> None:
+    said = [WORKED, "#### 15", "so\nA: 14", [{"role": "assistant", "content": "#### 14"}]]
+    prompts = ["92 and 78?\n"] * 3 + [[{"role": "user", "content": "92 and 78?"}]]
+    scores = exact_reward(prompts=prompts, completions=said, answer=[WORKED, WORKED, "14", 14], level=["easy"] * 4)
+    assert scores == [1.0, 0.0, 1.0, 1.0] and all(isinstance(score, float) for score in scores)
+
+
+def test_exact_reward_reads_the_completion_alone() -> None:
+    prompt = "Go on:\n#### 14\n"
+    assert exact_reward([prompt], [prompt + "I do not know."], ["14"]) == [0.0]
+
+
+def test_exact_reward_wants_an_answer_for_each() -> None:
+    with pytest.raises(UserError, match="no answer for the prompt 'b'; give every row an 'answer' column"):
+        exact_reward(["a", "b"], ["#### 1", "#### 2"], ["1", None])
+    with pytest.raises(UserError, match="has no number"):
+        exact_reward(["a"], ["#### 1"], ["one"])
 
 
 def test_distinct() -> None:

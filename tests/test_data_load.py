@@ -215,6 +215,8 @@ def test_a_pair_is_two_labels_for_kto_and_a_prompt_for_ppo(tmp_path):
     ]
     loaded = load([{"path": jsonl(tmp_path / "b.jsonl", QA[:1])}], phase="ppo")
     assert loaded.dataset.to_list() == [{"prompt": "What is 0 + 1?", "answer": "It is 1."}]
+    loaded = load([{"path": str(tmp_path / "b.jsonl"), "prompt_template": "chat"}], phase="ppo")
+    assert loaded.dataset.to_list() == [{"prompt": [user("What is 0 + 1?")], "answer": "It is 1."}]
 
 
 MISTAKES = [
@@ -383,7 +385,7 @@ def test_shakespeare_is_divided_and_not_changed():
 
 
 BUILT_IN = [("cpython_docs", "pretrain"), ("sums_text", "pretrain"), ("sums_sft", "sft"), ("sums_pairs", "dpo"),
-            ("sums_prompts", "ppo")]  # fmt: skip
+            ("sums_labels", "kto"), ("sums_prompts", "ppo")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, phase", BUILT_IN)

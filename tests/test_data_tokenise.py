@@ -93,6 +93,7 @@ def test_binary_and_prompt_rows(tmp_path):
     rows = [{"prompt": "abc ", "answer": "#### 7"}, {"prompt": [user("hi")], "answer": None}]
     prompts, report = tokens(rows, "prompt", tmp_path, tokenizer)
     assert prompts["answer"][:] == ["#### 7", None]
+    assert prompts["prompt"][:] == ["abc ", [user("hi")]]  # as given: a reward reads these, not the rendered text
     assert tokenizer.decode(prompts[0]["prompt_ids"]) == "abc "
     assert tokenizer.decode(prompts[1]["prompt_ids"]).endswith("<|im_start|>assistant\n")
     assert report.trained_tokens == 0 and report.rows_out == 2

@@ -21,6 +21,7 @@ COLUMNS = {
     "sums_text": {"text"},
     "sums_sft": {"prompt", "completion"},
     "sums_pairs": {"prompt", "chosen", "rejected"},
+    "sums_labels": {"prompt", "completion", "label"},
     "sums_prompts": {"prompt", "answer"},
 }
 SUMS = [name for name in COLUMNS if name.startswith("sums")]
@@ -48,7 +49,7 @@ def test_rows_have_their_columns(name: str) -> None:
     for split in SPLITS:
         found = rows(name, split)
         assert {frozenset(row) for row in found} == {frozenset(COLUMNS[name])}
-        assert all(value.strip() for row in found for value in row.values())
+        assert all(value.strip() for row in found for value in row.values() if not isinstance(value, bool))
         assert found == rows(name, split)
 
 
@@ -70,6 +71,7 @@ def test_names_and_their_mistakes() -> None:
         ("sums_text", "c4792924aec0c1d3"),
         ("sums_sft", "6ea6d2f63237e01d"),
         ("sums_pairs", "e95f77777502ba3a"),
+        ("sums_labels", "88beb4b9d0492e32"),
         ("sums_prompts", "b3f64ed75b19a8ac"),
     ],
 )
@@ -79,7 +81,7 @@ def test_digests_are_stored(name: str, digest: str) -> None:
 
 @pytest.mark.parametrize("name", SUMS)
 def test_held_out_numbers_are_unseen_in_training(name: str) -> None:
-    seen = {split: _numbers(v for row in rows(name, split) for v in row.values()) for split in SPLITS}
+    seen = {split: _numbers(str(v) for row in rows(name, split) for v in row.values()) for split in SPLITS}
     assert all(sums.split_of(*pair) == split for split, pairs in seen.items() for pair in pairs)
     assert all(len(pairs) > 100 for pairs in seen.values())
     assert not seen["train"] & (seen["validation"] | seen["test"])
@@ -119,6 +121,18 @@ def test_pairs_prefer_the_worked_right_answer() -> None:
         assert chosen.rank == 4 > rejected.rank
         kinds[rejected.shows_work, rejected.exact] += 1
     assert set(kinds) == {(True, False), (False, True), (False, False)}
+
+
+def test_labels_are_the_rule_and_unbalanced() -> None:
+    found = rows("sums_labels", "train")
+    bad = Counter()
+    for row in found:
+        verdict = check(row["prompt"], row["completion"], str(_answer(row["prompt"])))
+        assert row["label"] == (verdict.rank == 4)
+        if not row["label"]:
+            bad[verdict.shows_work, verdict.exact] += 1
+    assert set(bad) == {(True, False), (False, True), (False, False)}
+    assert bad.total() / len(found) == pytest.approx(1 - sums.GOOD_SHARE, abs=0.02)
 
 
 def test_prompts_carry_a_verified_answer() -> None:

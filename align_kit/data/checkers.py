@@ -2,17 +2,20 @@
 
 One checker serves the embedded sums and the real gsm8k card. A solution ends in its answer line, `#### 1,234`;
 the solutions published with gsm8k's verifiers end in `A: 1234` instead, which is read as an answer but not as
-the format. All functions are pure and need no model.
+the format. All functions are pure and need no model. `exact_reward` is the checker as a reward function.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from align_kit.errors import UserError
+
+Text = str | Sequence[Mapping[str, Any]]  # a string, or messages of which the last one counts
 
 # An answer is the number that fills the rest of its line: `#### $1,234.50`, `A: 26`; `A: 10+x` and `#### 1/5` are not.
 MARK = re.compile(r"####|^A:", re.MULTILINE)
@@ -83,6 +86,25 @@ def answer_of(text: str) -> str:
     return f"{number.normalize():f}"
 
 
+def exact_reward(
+    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **others: Any
+) -> list[float]:
+    """Return 1.0 for each completion whose last answer equals its row's `answer` (see `check`), else 0.0.
+
+    The signature is TRL's for reward functions: one entry a completion in each list, strings or messages; other
+    columns are not read. Raises `UserError` for a row without an answer, or with one that holds no number.
+    """
+    scores = []
+    for prompt, completion, wanted in zip(prompts, completions, answer, strict=True):
+        if wanted is None:
+            raise UserError(
+                f"exact_reward: no answer for the prompt {_said(prompt)[-60:]!r}; give every row an 'answer' column"
+            )
+        before = prompt if isinstance(prompt, str) else ""
+        scores.append(float(check(before, _said(completion), str(wanted)).exact))
+    return scores
+
+
 def distinct(completions: Sequence[str]) -> float:
     """Return the share of completions that differ from each other, in (0, 1]; 0.0 for none at all."""
     return len({text.strip() for text in completions}) / len(completions) if completions else 0.0
@@ -102,6 +124,10 @@ def rank_pairs(samples: Sequence[str], verdicts: Sequence[Verdict], *, limit: in
     best = [text for text, rank in ranks.items() if rank == 4]
     worst = sorted((text for text, rank in ranks.items() if rank < 4), key=ranks.__getitem__)
     return [Ranked(chosen, rejected) for chosen, rejected in zip(best, worst, strict=False)][:limit]
+
+
+def _said(text: Text) -> str:
+    return text if isinstance(text, str) else str(text[-1]["content"])
 
 
 def _number(text: str) -> Decimal | None:

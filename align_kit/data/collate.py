@@ -11,6 +11,7 @@ from torch import Tensor
 
 Row = dict[str, Any]
 Batch = dict[str, Tensor]
+Ids = Sequence[int]
 
 
 def pad_BT(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None) -> Tensor:
@@ -44,43 +45,78 @@ class LanguageCollator:
 class PreferenceCollator:
     """Batches pairs: the language tensors with 2B rows, first B times prompt + chosen, then B times prompt + rejected.
 
-    `loss_mask` holds 1 on completion tokens; `prompt_lengths` (B) lets a forward share each pair's prompt. Columns
-    named in `carry` (numbers per pair, such as stored reference log-probabilities) come along as float32 of shape B.
+    `loss_mask` holds 1 on completion tokens; `prompt_lengths` (B) lets a forward share each pair's prompt. Rows with
+    stored log-probabilities (`reference_chosen`, `reference_rejected`, a number per completion token) give
+    `reference_logps`, float32 of shape 2B, T - 1: column t speaks of token t + 1, 0 outside the completion.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
-    carry: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return the padded batch of `rows`."""
-        ids, masks = [], []
-        for side in ("chosen_ids", "rejected_ids"):
-            for row in rows:
-                ids.append([*row["prompt_ids"], *row[side]])
-                masks.append([0] * len(row["prompt_ids"]) + [1] * len(row[side]))
-        batch = _batch(ids, masks, self.pad_token_id, self.pad_to_multiple_of)
-        batch["prompt_lengths"] = torch.tensor([len(row["prompt_ids"]) for row in rows])
-        for name in self.carry:
-            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        sides = ("chosen", "rejected")
+        prompts = [row["prompt_ids"] for _ in sides for row in rows]
+        completions = [row[f"{side}_ids"] for side in sides for row in rows]
+        batch = _completions(prompts, completions, self.pad_token_id, self.pad_to_multiple_of)
+        batch["prompt_lengths"] = _lengths(prompts[: len(rows)])
+        if "reference_chosen" in rows[0]:
+            stored = [row[f"reference_{side}"] for side in sides for row in rows]
+            batch["reference_logps"] = _aligned_BT(stored, batch["loss_mask"])
         return batch
 
 
 @dataclass(frozen=True)
 class BinaryCollator:
-    """Batches labelled completions: the language tensors (B rows, prompt + completion) and `label`, bool of shape B."""
+    """Batches labelled completions: the language tensors (B rows, prompt + completion) and `label`, bool of shape B.
+
+    Rows with `kl_completion_ids` (see `data.mismatch`) give prompt + that completion, padded on their own, as
+    `kl_input_ids`, `kl_attention_mask` and `kl_loss_mask`. Stored log-probabilities per completion token become
+    `reference_logps` (from `reference_completion`) and `kl_reference_logps` (from `reference_kl`), float32, laid out
+    as `PreferenceCollator` does.
+    """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return the padded batch of `rows`."""
-        ids = [[*row["prompt_ids"], *row["completion_ids"]] for row in rows]
-        masks = [[0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows]
-        batch = _batch(ids, masks, self.pad_token_id, self.pad_to_multiple_of)
+        prompts = [row["prompt_ids"] for row in rows]
+        batch = self._half(rows, prompts, "completion_ids", "reference_completion")
         batch["label"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
-        batch["prompt_lengths"] = torch.tensor([len(row["prompt_ids"]) for row in rows])
+        batch["prompt_lengths"] = _lengths(prompts)
+        if "kl_completion_ids" in rows[0]:
+            mismatched = self._half(rows, prompts, "kl_completion_ids", "reference_kl")
+            batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
         return batch
+
+    def _half(self, rows: Sequence[Row], prompts: Sequence[Ids], ids: str, reference: str) -> Batch:
+        batch = _completions(prompts, [row[ids] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+        if reference in rows[0]:
+            batch["reference_logps"] = _aligned_BT([row[reference] for row in rows], batch["loss_mask"])
+        return batch
+
+
+def _completions(prompts: Sequence[Ids], completions: Sequence[Ids], pad: int, multiple: int | None) -> Batch:
+    """Return the batch of prompt + completion, each completion's tokens in the loss."""
+    both = list(zip(prompts, completions, strict=True))
+    ids = [[*prompt, *completion] for prompt, completion in both]
+    masks = [[0] * len(prompt) + [1] * len(completion) for prompt, completion in both]
+    return _batch(ids, masks, pad, multiple)
+
+
+def _aligned_BT(values: Sequence[Sequence[float]], loss_mask_BT: Tensor) -> Tensor:
+    """Return a number per completion token where `forward.logprobs` puts the token's log-probability: B, T - 1."""
+    mask_BT = loss_mask_BT[:, 1:].bool()
+    # Where these differ, the stored numbers are those of other tokens.
+    assert [len(row) for row in values] == mask_BT.sum(1).tolist(), "stored log-probabilities are not one per token"
+    aligned_BT = torch.zeros(mask_BT.shape)
+    aligned_BT[mask_BT] = torch.cat([torch.as_tensor(row, dtype=torch.float32) for row in values])
+    return aligned_BT
+
+
+def _lengths(rows: Sequence[Ids]) -> Tensor:
+    return torch.tensor([len(row) for row in rows])
 
 
 def _batch(ids: list[list[int]], masks: list[list[int]], pad: int, multiple: int | None) -> Batch:

@@ -110,13 +110,16 @@ def _binary_rows(
 def _prompt_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
 ) -> Iterator[Row]:
-    """Yield prompts to write from; a prompt is never cut, one that fills max_length is dropped."""
+    """Yield prompts to write from, with what a reward may ask for: the prompt as given and its answer, or None.
+
+    A prompt is never cut; one that fills max_length is dropped.
+    """
     for row, prompt in zip(rows, renderer.prompts(rows), strict=True):
         if options.max_length is not None and len(prompt) >= options.max_length:
             report.drop(PROMPT_FILLS)
             continue
         report.keep(len(prompt), 0, len(prompt))
-        yield {"prompt_ids": prompt, "answer": row.get("answer")}
+        yield {"prompt_ids": prompt, "prompt": row["prompt"], "answer": row.get("answer")}
 
 
 def _fit(

@@ -116,7 +116,8 @@ def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> No
 def adapt(kind: str, rows: list[Row], phase: str) -> tuple[str, list[Row]]:
     """Turn rows of a kind that `phase` takes second into the kind it was made for.
 
-    KTO gets both completions of a pair, the chosen one first; PPO gets the prompt, with the completion as `answer`.
+    KTO gets both completions of a pair, the chosen one first; PPO gets the prompt, with the completion's text as
+    `answer`.
     """
     if phase == "kto" and kind == "preference":
         rest = [{name: row[name] for name in row if name not in ("chosen", "rejected")} for row in rows]
@@ -128,9 +129,15 @@ def adapt(kind: str, rows: list[Row], phase: str) -> tuple[str, list[Row]]:
         ]
     if phase == "ppo" and kind == "prompt_completion":
         return "prompt", [
-            {**{name: row[name] for name in row if name != "completion"}, "answer": row["completion"]} for row in rows
+            {**{name: row[name] for name in row if name != "completion"}, "answer": _last_text(row["completion"])}
+            for row in rows
         ]
     return kind, rows
+
+
+def _last_text(completion: Any) -> Any:
+    """Return a completion's text: itself, or what its last message says."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 class _Missing(Exception):

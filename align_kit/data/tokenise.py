@@ -1,7 +1,8 @@
 """Tokenise canonical rows once, keep the result by content, and report what truncation did.
 
 Language rows: `{"input_ids", "loss_mask"}`; preference: `{"prompt_ids", "chosen_ids", "rejected_ids"}`; binary:
-`{"prompt_ids", "completion_ids", "label"}`; prompt: `{"prompt_ids"}`. Lengths are tokens.
+`{"prompt_ids", "completion_ids", "label"}`; prompt: `{"prompt_ids", "prompt", "answer"}`, the last two as they were
+given (a string or messages; None where there is no answer). Lengths are tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Part of every cache key: raise it whenever the same input may give other tokens.
-SCHEMA_VERSION = 1
+# Part of every cache key: raise it whenever the same input may give other tokens or columns.
+SCHEMA_VERSION = 2
 BATCH_ROWS = 1000
 
 
@@ -108,7 +109,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
     **{kind: {"input_ids": "ids", "loss_mask": "mask"} for kind in LANGUAGE_KINDS},
     "preference": {"prompt_ids": "ids", "chosen_ids": "ids", "rejected_ids": "ids"},
     "binary": {"prompt_ids": "ids", "completion_ids": "ids", "label": "bool"},
-    "prompt": {"prompt_ids": "ids", "answer": "json"},
+    "prompt": {"prompt_ids": "ids", "prompt": "json", "answer": "json"},
 }
 
 

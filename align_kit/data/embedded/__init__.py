@@ -43,6 +43,7 @@ BUILTIN: dict[str, Builtin] = {
     "sums_text": Builtin("text", "Apache-2.0", _generated(sums.text, train=8000, held_out=400)),
     "sums_sft": Builtin("prompt_completion", "Apache-2.0", _generated(sums.sft, train=24000, held_out=512)),
     "sums_pairs": Builtin("preference", "Apache-2.0", _generated(sums.pairs, train=4096, held_out=256)),
+    "sums_labels": Builtin("binary", "Apache-2.0", _generated(sums.labels, train=6144, held_out=384)),
     "sums_prompts": Builtin("prompt_completion", "Apache-2.0", _generated(sums.prompts, train=2048, held_out=512)),
 }
 

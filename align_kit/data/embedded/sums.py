@@ -22,6 +22,7 @@ Split = Literal["train", "validation", "test"]
 # Ends every prompt: the tokenizer keeps a newline apart, so prompt + completion has a clean boundary.
 SEPARATOR = "\n"
 WRONG_SHARE = 0.4  # of the hurried answers
+GOOD_SHARE = 1 / 3  # of the labelled answers: unbalanced, so that class weights have something to do
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,20 @@ def pairs(split: str, count: int, seed: int = 0) -> list[Row]:
         {"prompt": p.prompt, "chosen": p.worked, "rejected": random.choice((hurried, slipped))(p, random)}
         for p in problems(split, count, _seed("pairs", seed))
     ]
+
+
+def labels(split: str, count: int, seed: int = 0) -> list[Row]:
+    """Return `{"prompt", "completion", "label"}` rows, one answer a problem.
+
+    True for worked and right, a third of them; False for hurried (even where right) or worked with one slip.
+    """
+    random = Random(f"labels {split} {seed}")
+    labelled = []
+    for problem in problems(split, count, _seed("labels", seed)):
+        good = random.random() < GOOD_SHARE
+        completion = problem.worked if good else random.choice((hurried, slipped))(problem, random)
+        labelled.append({"prompt": problem.prompt, "completion": completion, "label": good})
+    return labelled
 
 
 def text(split: str, count: int, seed: int = 0) -> list[Row]:
