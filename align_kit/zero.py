@@ -11,7 +11,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,12 +308,15 @@ def check_precision(precision: str, launch: Launch) -> None:
 TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "activation_checkpointing", "aio", "checkpoint")
 
 
-def frozen_config(policy: Mapping[str, Any], hidden_size: int | None = None) -> dict[str, Any]:
+def frozen_config(
+    policy: Mapping[str, Any], hidden_size: int | None = None, *, offload: bool = False
+) -> dict[str, Any]:
     """Derive the engine configuration of a frozen model from the policy's.
 
     Parameters stay sharded as the policy's are (ZeRO-3); what only training needs (optimizer, its offload,
     gradients, clipping) is dropped, "auto" sizes follow from `hidden_size` as the policy's do, other "auto" entries
-    fall back to DeepSpeed's defaults. Below stage 3 nothing of a frozen model can be sharded: stage 0.
+    fall back to DeepSpeed's defaults. `offload` keeps the parameters in CPU memory, where the policy's are not moved
+    out already. Below stage 3 nothing of a frozen model can be sharded: stage 0.
     """
     config = {key: copy.deepcopy(value) for key, value in policy.items() if key not in TRAINING_ONLY}
     if config.get("zero_optimization", {}).get("stage") != 3:
@@ -322,6 +326,8 @@ def frozen_config(policy: Mapping[str, Any], hidden_size: int | None = None) -> 
     config = _without_auto(config)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
+    if offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if zero.get("offload_param", {}).get("device") == "nvme":
         config["aio"] = copy.deepcopy(policy.get("aio", {}))
     return config
@@ -360,6 +366,20 @@ def fill_sizes(config: Mapping[str, Any], hidden_size: int | None) -> None:
     for key, size in sizes(hidden_size).items() if hidden_size else ():
         if zero.get(key) == "auto":
             zero[key] = size
+
+
+def set_leaf_modules(model: Any, find: Callable[[Any], Sequence[Any]], config: Mapping[str, Any]) -> None:
+    """Make ZeRO-3 gather each module that `find(model)` returns as a whole; call it before the engine is made.
+
+    Nothing is looked for below stage 3, and where the configuration names modules of its own
+    (`zero_optimization.leaf_module`) those are taken, by DeepSpeed.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and "leaf_module" not in zero:
+        for module in find(model):
+            set_z3_leaf_module(module, True)
 
 
 # --- the start of an engine -------------------------------------------------------------------------------
@@ -427,3 +447,23 @@ def _has_async_io() -> bool:
 
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     return bool(installed_ops.get("async_io") or builder.is_compatible(verbose=False))
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+def fill_with_zeros(parameters: Sequence[Any]) -> None:
+    """Set whole parameters to 0, gathered meanwhile where ZeRO-3 has split them; all ranks call it together."""
+    import torch
+
+    with torch.no_grad(), _gathered(parameters):
+        for parameter in parameters:
+            parameter.zero_()
+
+
+def _gathered(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # type: ignore[no-any-return]

@@ -216,6 +216,13 @@ def test_offloaded_parameters_of_a_frozen_model() -> None:
     assert "aio" not in zero.frozen_config(zero3(aio={"queue_depth": 8}), 64)
 
 
+@pytest.mark.parametrize(("name", "device"), [("zero3", "cpu"), ("zero3_offload", "cpu"), ("zero3_nvme", "nvme")])
+def test_a_frozen_model_is_offloaded_where_the_policy_is_not_yet(name: str, device: str) -> None:
+    config = zero.frozen_config(zero.load(name), 64, offload=True)
+    assert config["zero_optimization"]["offload_param"]["device"] == device
+    assert "offload_param" not in zero.frozen_config(zero.load("zero3"), 64)["zero_optimization"]
+
+
 # --- what must be compiled --------------------------------------------------------------------------------
 
 

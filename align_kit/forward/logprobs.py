@@ -22,34 +22,65 @@ class TokenLogps:
 
     `logps_BT`: log p(token t + 1 | tokens up to t), 0 where masked; `mask_BT`: True where the token counts;
     `top1_BT`: whether the token was the most probable one; `log_sum_sq_BT`: log of the summed squared probabilities,
-    where asked for.
+    where asked for; `entropy_BT`: the entropy (nats) of the distribution the token was drawn from, where asked for.
     """
 
     logps_BT: Tensor
     mask_BT: Tensor
     top1_BT: Tensor
     log_sum_sq_BT: Tensor | None = None
+    entropy_BT: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> TokenLogps:
         """Return the sequences from `start` up to `stop`."""
-        squares = None if self.log_sum_sq_BT is None else self.log_sum_sq_BT[start:stop]
-        return TokenLogps(self.logps_BT[start:stop], self.mask_BT[start:stop], self.top1_BT[start:stop], squares)
+        def cut(values_BT: Tensor | None) -> Tensor | None:
+            return None if values_BT is None else values_BT[start:stop]
+
+        return TokenLogps(
+            self.logps_BT[start:stop],
+            self.mask_BT[start:stop],
+            self.top1_BT[start:stop],
+            cut(self.log_sum_sq_BT),
+            cut(self.entropy_BT),
+        )
 
 
 def token_logps(model: nn.Module, batch: Mapping[str, Tensor], *, log_sum_sq: bool = False) -> TokenLogps:
-    """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens.
-
-    log p = the token's logit - logsumexp of all, in fp32 whatever the model computes in.
-    """
+    """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens."""
     output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits_BTV = output.logits[:, :-1]
+    return read_logps(output.logits, batch, log_sum_sq=log_sum_sq)
+
+
+def read_logps(
+    logits_BTV: Tensor,
+    batch: Mapping[str, Tensor],
+    *,
+    log_sum_sq: bool = False,
+    entropy: bool = False,
+    temperature: float = 1.0,
+) -> TokenLogps:
+    """Read the batch's tokens off the logits a model gave for it.
+
+    log p = the token's logit - logsumexp of all, in fp32 whatever the model computes in; of the tempered distribution
+    where `temperature` is not 1.
+    """
+    logits_BTV = logits_BTV[:, :-1]
+    if temperature != 1.0:
+        logits_BTV = logits_BTV.float() / temperature
     targets_BT = batch["input_ids"][:, 1:]
     mask_BT = batch["loss_mask"][:, 1:].bool()
     logps_BT = _selected(logits_BTV, targets_BT).masked_fill(~mask_BT, 0.0)
     with torch.no_grad():
         top1_BT = (logits_BTV.argmax(-1) == targets_BT) & mask_BT
         squares = log_sum_sq_probs(logits_BTV) if log_sum_sq else None
-    return TokenLogps(logps_BT, mask_BT, top1_BT, squares)
+    entropy_BT = _entropy(logits_BTV).masked_fill(~mask_BT, 0.0) if entropy else None
+    return TokenLogps(logps_BT, mask_BT, top1_BT, squares, entropy_BT)
+
+
+def _entropy(logits_BTV: Tensor) -> Tensor:
+    """Return -sum p log p over the vocabulary, with gradient; 0 log 0 is 0."""
+    logp_BTV = logits_BTV.float().log_softmax(-1)
+    return -(logp_BTV.exp() * logp_BTV.clamp(min=torch.finfo(logp_BTV.dtype).min)).sum(-1)
 
 
 def _selected(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""Load a tokenizer and a causal language model: from weights, from random ones, with LoRA."""
+"""Load a tokenizer and a model with a language or a scalar head: from weights, from random ones, with LoRA."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from align_kit import zero
 from align_kit.errors import UserError
+from align_kit.models import lora
 from align_kit.models.source import Source
 
 if TYPE_CHECKING:
@@ -48,65 +51,99 @@ def load_config(source: Source, overrides: Mapping[str, Any] | None, *, trust_re
     return config
 
 
+@dataclass(frozen=True)
+class How:
+    """In which form a model is loaded: see `load_policy`."""
+
+    dtype: torch.dtype
+    head: str = "lm"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Return what transformers is told."""
+        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **attention}
+
+
 def load_policy(
     source: Source,
     *,
     dtype: torch.dtype,
     seed: int,
+    head: str = "lm",
+    pad_token_id: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
 
+    `head` "score" gives a sequence classifier with one label: the stored one, or a language model with a fresh head
+    of zeros in place of its own (the model's `head_is_fresh` tells). It reads its score off the last token that is
+    not `pad_token_id`, or not what its configuration says where that is `None`.
+
     An adapter's weights are merged into its base (see `lora.load_adapter` for going on with it as an adapter).
     Random weights depend on `seed` and on whether ZeRO-3 is on, not on the number of ranks, and so does what is drawn
-    after them. Raises `UserError` where the files lack tensors of the model.
+    after them. Raises `UserError` where the files lack tensors of the model, or end in another head.
     """
     from transformers import set_seed
 
+    how = How(dtype, head, attn_implementation, trust_remote_code)
     if source.random:
-        model = _random_model(source, dtype, seed, overrides, attn_implementation, trust_remote_code)
+        model = _random_model(source, seed, overrides, how)
     elif source.is_adapter:
-        model = _merged(source, dtype, attn_implementation, trust_remote_code)
+        model = _merged(source, how)
     else:
-        model = _stored_model(source, dtype, attn_implementation, trust_remote_code)
+        model = _stored_model(source, how)
+    if head == "score" and pad_token_id is not None:
+        set_padding(model, pad_token_id)
     set_seed(seed)  # what is drawn next, such as a new adapter, depends on the seed alone
     return model
 
 
-def _random_model(
-    source: Source, dtype: torch.dtype, seed: int, overrides: Any, attention: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+def auto_class(head: str) -> Any:
+    """Return transformers' class for models that end in `head`."""
+    import transformers
 
-    config = load_config(source, overrides, trust_remote_code=trust_remote_code)
+    return {"lm": transformers.AutoModelForCausalLM, "score": transformers.AutoModelForSequenceClassification}[head]
+
+
+def set_padding(model: Any, pad_token_id: int) -> None:
+    """Tell a sequence classifier what its batches are padded with: it reads the last token that is something else."""
+    model.config.get_text_config().pad_token_id = pad_token_id
+
+
+def _random_model(source: Source, seed: int, overrides: Mapping[str, Any] | None, how: How) -> PreTrainedModel:
+    from transformers import GenerationConfig, set_seed
+
+    config = load_config(source, overrides, trust_remote_code=how.trust_remote_code)
+    if how.head == "score":
+        config.num_labels = 1
     set_seed(seed)
-    chosen = {"attn_implementation": attention} if attention else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
-    if (source.folder / "generation_config.json").is_file():  # where completions end, for one
+    model: PreTrainedModel = auto_class(how.head).from_config(config, **how.options())
+    if how.head == "score":
+        _empty_head(model)
+    elif (source.folder / "generation_config.json").is_file():  # where completions end, for one
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     return model
 
 
-def _stored_model(
-    source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
+def _stored_model(source: Source, how: How) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     check_complete(source)
-    chosen = {"attn_implementation": attention} if attention else {}
+    labels = {"num_labels": 1} if how.head == "score" else {}
     try:
         check_finite(source)
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        _check_head(source, how)
+        read: Any = auto_class(how.head).from_pretrained(
             str(source.folder),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are named below, not in a table on standard error
             output_loading_info=True,
-            **chosen,
+            **how.options(),
+            **labels,
         )
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -114,9 +151,45 @@ def _stored_model(
     except SafetensorError as error:
         raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
     model, loaded = read
-    _check_loaded(source, loaded)
+    fresh = set(_head_parameters(model)) if how.head != source.head else set()
+    _check_loaded(source, {**loaded, "missing_keys": set(loaded["missing_keys"]) - fresh})
+    if fresh:
+        _empty_head(model)
     model.name_or_path = source.reference  # what PEFT writes into an adapter as the way back to its base
     return model  # type: ignore[no-any-return]
+
+
+def _check_head(source: Source, how: How) -> None:
+    """Raise `UserError` for a classifier where a language model is asked for, and for one with several labels."""
+    if source.head == "lm":
+        return
+    if how.head == "lm":
+        raise UserError(
+            f"{source.name} ends in a score, not in words: it is a sequence classifier, such as a reward model; "
+            "give a causal language model"
+        )
+    labels = load_config(source, None, trust_remote_code=how.trust_remote_code).num_labels
+    if labels != 1:
+        raise UserError(
+            f"{source.name} is a sequence classifier with {labels} labels and a reward model has 1; give a causal "
+            "language model, which gets a fresh head, or a classifier with num_labels 1"
+        )
+
+
+def _head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return what a sequence classifier has beside its trunk."""
+    trunk = f"{model.base_model_prefix}."
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(trunk)}
+
+
+def _empty_head(model: Any) -> None:
+    """Set the layer that gives the score to 0, so that training begins at margin 0 and loss ln 2 for every pair.
+
+    A layer before it keeps its random weights: two layers of zeros would have no gradient.
+    """
+    shape = lambda parameter: getattr(parameter, "ds_shape", parameter.shape)  # noqa: E731
+    zero.fill_with_zeros([p for p in _head_parameters(model).values() if shape(p)[0] == 1])
+    model.head_is_fresh = True
 
 
 def _check_loaded(source: Source, loaded: Mapping[str, Any]) -> None:
@@ -157,15 +230,14 @@ def check_complete(source: Source) -> None:
         )
 
 
-def _merged(source: Source, dtype: torch.dtype, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _merged(source: Source, how: How) -> PreTrainedModel:
     """Return base plus adapter as one plain model; merged in fp32 on every rank, sharded afterwards."""
     import torch
-    from peft import PeftModel
 
     with plain_transformers():
-        base = _stored_model(source.weights, torch.float32, attention, trust_remote_code)
-        merged = PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload()
-    return merged.requires_grad_(True).to(dtype)  # PEFT has frozen the base
+        base = _stored_model(source.weights, replace(how, dtype=torch.float32))
+        merged: Any = lora.load_adapter(base, source, head=how.head).merge_and_unload()
+    return merged.requires_grad_(True).to(how.dtype)  # type: ignore[no-any-return]  # PEFT has frozen the base
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from align_kit.errors import UserError
 from align_kit.resources import PACKAGE
@@ -43,6 +43,15 @@ class Source:
     def weights(self) -> Source:
         """The source of the full weights: the base where this is an adapter."""
         return self.base or self
+
+    @property
+    def head(self) -> Literal["lm", "score"]:
+        """What the stored model ends in: "score" where it is a sequence classifier or the adapter of one."""
+        if self.is_adapter:
+            task = json.loads((self.folder / "adapter_config.json").read_text()).get("task_type")
+            return "score" if task == "SEQ_CLS" else "lm"
+        names = json.loads((self.folder / "config.json").read_text()).get("architectures") or []
+        return "score" if any(name.endswith("ForSequenceClassification") for name in names) else "lm"
 
 
 def resolve(

@@ -1,0 +1,122 @@
+"""A reference that follows the policy: alpha * policy + (1 - alpha) * reference, every so many steps.
+
+Gorbatovski et al. 2024 ("Learn Your Reference Model for Real Good Alignment", section 3), with TRL's names
+(`sync_ref_model`). Both models are cut alike by ZeRO-3, so each rank mixes its own shards and nothing is gathered.
+What has moved is in no source any more: every checkpoint holds each rank's shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from align_kit.errors import UserError
+from align_kit.frozen.hold import Frozen, bare, is_resident
+from align_kit.frozen.identity import Identity
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FOLDER = "moving_reference"
+
+
+class MovingReference(Frozen):
+    """A sharded reference that moves by `alpha` towards the policy after every `every` optimizer steps."""
+
+    def __init__(self, identity: Identity, model: nn.Module, *, alpha: float, every: int) -> None:
+        words = f"every {every} steps {alpha:g} of the policy and {1 - alpha:g} of itself"
+        super().__init__(identity.found(words), model)
+        self.alpha = alpha
+        self.every = every
+
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Move where `step` is a multiple of `every`; what would be moved is checked first, and watched anew after."""
+        import torch
+
+        if step % self.every:
+            return
+        self.check(policy, f"before it moves at step {step}")
+        with torch.no_grad():
+            for mine, theirs in self._pairs(policy):
+                mine.mul_(1.0 - self.alpha).add_(theirs, alpha=self.alpha)
+        self.watch(policy)
+
+    def _pairs(self, policy: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each stored tensor of the reference beside the policy's: shard and shard, whole and whole."""
+        ours = dict(bare(self.model).named_parameters())  # type: ignore[arg-type]
+        theirs = dict(bare(policy).named_parameters())
+        assert ours.keys() == theirs.keys(), "policy and reference are not one architecture"
+        for name, parameter in ours.items():
+            other = theirs[name]
+            if not hasattr(parameter, "ds_tensor"):
+                yield parameter.data, other.data
+                continue
+            assert parameter.ds_tensor.shape == other.ds_tensor.shape, f"{name} is cut in two ways"
+            yield parameter.ds_tensor.data, other.ds_tensor.data  # type: ignore[attr-defined]
+            if is_resident(parameter):  # this copy computes, until the process ends
+                assert is_resident(other), f"{name} is gathered in the reference only"
+                yield parameter.data, other.data
+
+    # --- checkpoints ---
+
+    def save(self, checkpoint: Path) -> None:
+        """Store this rank's shards in `checkpoint`, whole or not at all, with their 64-bit sum."""
+        from safetensors.torch import save_file
+
+        place = _file(checkpoint)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shards = {name: tensor.detach().cpu().contiguous() for name, tensor in self._stored().items()}
+        draft = place.with_suffix(".draft")
+        save_file(shards, draft, metadata={"sum": str(self.fingerprint(self.model))})  # type: ignore[arg-type]
+        with draft.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(draft, place)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take this rank's shards from `checkpoint`; raise `UserError` where it does not hold them as they were."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        place = _file(checkpoint)
+        try:
+            with safe_open(str(place), framework="pt") as handle:
+                total = handle.metadata()["sum"]
+                with torch.no_grad():
+                    for name, tensor in self._stored().items():
+                        tensor.copy_(handle.get_tensor(name))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint {checkpoint} does not hold the reference as it had moved ({_first_line(error)}); go "
+                "on from an older one with --resume <checkpoint>"
+            ) from None
+        if str(self.fingerprint(self.model)) != total:  # type: ignore[arg-type]
+            raise UserError(
+                f"{place} is not what was stored (its sum differs); go on from an older one with --resume <checkpoint>"
+            )
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return this rank's shards by name; of tied parameters one name."""
+        return self._shards(self.model)  # type: ignore[arg-type]
+
+
+def _file(checkpoint: Path) -> Path:
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return checkpoint / FOLDER / f"rank_{rank}_of_{world}.safetensors"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+class Following(TrainerCallback):
+    """Tell the run's frozen models that an optimizer step is done: `follow` is the trainer's `move_frozen`."""
+
+    def __init__(self, follow: Any) -> None:
+        self.follow = follow
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.follow(state.global_step)

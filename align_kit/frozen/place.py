@@ -1,0 +1,198 @@
+"""Put a frozen model in its place: load it from its source, then shard it, offload it or make it small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align_kit import zero
+from align_kit.data.prepare import Split
+from align_kit.errors import UserError
+from align_kit.forward.logprobs import token_logps
+from align_kit.forward.scores import sequence_scores
+from align_kit.frozen.choice import Room, measure
+from align_kit.frozen.columns import DatasetRows, columns_for, completions_batch
+from align_kit.frozen.hold import Frozen, RewardModel, SharedReward, freeze
+from align_kit.frozen.identity import Identity
+from align_kit.frozen.store import Row
+from align_kit.models import load, moe, source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+REFERENCE_ADAPTER = "reference"
+PROBE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the frozen models of a run are put beside.
+
+    `engine` is the policy's engine configuration; `loading` goes to `models.load.load_policy`; `policy` is loaded and
+    not yet in an engine; `splits` are the run's tokenised rows, in tokens of `tokenizer`.
+    """
+
+    engine: Mapping[str, Any]
+    loading: Mapping[str, Any]
+    policy: Any
+    tokenizer: Any
+    splits: Sequence[Split]
+
+    @property
+    def stage(self) -> int:
+        return int(self.engine.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def hidden_size(self) -> int | None:
+        return getattr(self.policy.config, "hidden_size", None)
+
+    def room(self) -> Room:
+        """Return what is left of the device's memory at the moment; all ranks call it."""
+        return measure(self.policy, self.engine, self.loading["dtype"])
+
+    def probe(self) -> list[dict[str, Tensor]]:
+        """Return some of the run's own rows, each a batch on this rank's device: what an int8 copy is measured on."""
+        rows = self.splits[0].rows
+        columns = columns_for(rows)
+        sequences = DatasetRows(rows, columns) if columns else _Prompts(rows)
+        last = len(sequences) - 1
+        places = sorted({place * last // (PROBE_ROWS - 1) for place in range(PROBE_ROWS)})
+        chosen = [sequences[place] for place in places]
+        batches = [completions_batch([row], self.tokenizer.pad_token_id) for row in chosen]
+        return [{name: tensor.to(_device()) for name, tensor in batch.items()} for batch in batches]
+
+
+class _Prompts:
+    """Prompts without completions as rows: every token but the first is predicted."""
+
+    def __init__(self, rows: Any) -> None:
+        self._ids = rows["prompt_ids"]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return Row(self._ids[index][:1], self._ids[index][1:])
+
+
+def load_reference(start: source.Source, identity: Identity, site: Site, *, policy_is_adapter: bool) -> Frozen:
+    """Return the reference in its place: any but `cached`, which `cached.cached_reference` makes."""
+    if identity.placement == "adapter":
+        return Frozen(identity, None, adapter=REFERENCE_ADAPTER if policy_is_adapter else None)
+    if identity.placement == "quantised":
+        model, error = _quantised(start, site, _logps)
+        return Frozen(_with_error(identity, error, "token's log-probability (nats)"), model)
+    return Frozen(identity, engine_of(start, site, offload=identity.placement == "offloaded"))
+
+
+def load_reward(start: source.Source, identity: Identity, site: Site) -> RewardModel | SharedReward:
+    """Return a reward model in its place, with its own tokenizer.
+
+    Raises `UserError` where it is no sequence classifier with one label, or has no tokenizer beside it.
+    """
+    if start.head != "score":
+        raise UserError(
+            f"reward_model_name_or_path {start.name} is no sequence classifier; give one with one label, such as the "
+            "folder of a finished reward run"
+        )
+    words = load.load_tokenizer(start, trust_remote_code=bool(site.loading.get("trust_remote_code")))
+    if identity.placement == "shared":
+        site.policy.hold_reward(identity.role, start, words.pad_token_id)
+        return SharedReward(identity, words)
+    ending = {"head": "score", "pad_token_id": words.pad_token_id}
+    if identity.placement == "quantised":
+        model, error = _quantised(start, site, sequence_scores, **ending)
+        return RewardModel(_with_error(identity, error, "score"), model, words)
+    return RewardModel(identity, engine_of(start, site, offload=identity.placement == "offloaded", **ending), words)
+
+
+# --- sharded, offloaded -----------------------------------------------------------------------------------
+
+
+def engine_of(start: source.Source, site: Site, *, offload: bool = False, **loading: Any) -> nn.Module:
+    """Return the frozen model of `start`: a ZeRO-3 inference engine, or below stage 3 the model on this rank's device.
+
+    `offload` keeps its shards in CPU memory; each layer is brought to the device as it computes. `loading` is laid
+    over the site's.
+    """
+    config = zero.frozen_config(site.engine, site.hidden_size, offload=offload)
+    with _built_under(config):
+        model = freeze(load.load_policy(start, **{**site.loading, **loading}))
+    zero.set_leaf_modules(model, moe.sparse_blocks, config)
+    return _sharded(model, config)
+
+
+@contextmanager
+def _built_under(config: Mapping[str, Any]) -> Iterator[None]:
+    """Let transformers shard models as `config` says meanwhile, not as the policy's configuration does."""
+    from transformers.integrations import deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    alive = integration.HfDeepSpeedConfig(dict(config)) if _is_zero3(config) else None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = before
+        del alive
+
+
+def _is_zero3(config: Mapping[str, Any]) -> bool:
+    return bool(config["zero_optimization"].get("stage") == 3)
+
+
+def _sharded(model: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a ZeRO-3 inference engine around `model`; below stage 3 the model itself, on this rank's device."""
+    if not _is_zero3(config):
+        return model.to(_device())  # type: ignore[no-any-return]
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=dict(config))
+    engine.eval()
+    return engine
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# --- quantised --------------------------------------------------------------------------------------------
+
+
+def _quantised(
+    start: source.Source, site: Site, answers: Callable[[nn.Module, Mapping[str, Tensor]], Tensor], **loading: Any
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return the int8 copy of `start`, whole on this rank, and the mean and worst error of its answers on the probe.
+
+    While it is made, the rank holds the copy in the precision of the run.
+    """
+    import torch
+
+    from align_kit.models.int8 import quantise_
+
+    with load.plain_transformers():
+        model = freeze(load.load_policy(start, **{**site.loading, **loading})).to(_device())
+    probe = site.probe()
+    with torch.no_grad():
+        before = [answers(model, batch) for batch in probe]
+        if not quantise_(model):
+            raise UserError(
+                f"{start.name} has no linear layers to store in int8; use the placement sharded or offloaded"
+            )
+        after = [answers(model, batch) for batch in probe]
+    error = (torch.cat(after) - torch.cat(before)).abs()
+    return model, {"mean": float(error.mean()), "worst": float(error.max())}
+
+
+def _logps(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+    found = token_logps(model, probe)
+    return found.logps_BT[found.mask_BT]
+
+
+def _with_error(identity: Identity, error: Mapping[str, float], what: str) -> Identity:
+    words = f"int8 moves a {what} by {error['mean']:.2g} on average, {error['worst']:.2g} at most"
+    return identity.found(words, int8_error_mean=error["mean"], int8_error_worst=error["worst"])

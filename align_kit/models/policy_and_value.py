@@ -1,0 +1,188 @@
+"""What PPO trains: a policy that writes and a value function that foresees what its completions will be worth.
+
+Two layouts stand behind one module, so that one engine holds all that is trained:
+
+- separate: the value function is a model of its own, a trunk with a scalar head;
+- shared: policy, value function, reference and reward models are one stored base with an adapter each, and heads.
+
+Shapes: B sequences, T tokens, H hidden. A scalar head reads a token's hidden state: `values_BT[b, t]` foresees the
+reward still to come once tokens up to t are written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from align_kit.errors import UserError
+from align_kit.models import load, lora, moe
+from align_kit.models.source import Source
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+VALUE_ADAPTER = "value"
+OF_VALUE_ADAPTER = re.compile(rf"\.lora_\w+\.{VALUE_ADAPTER}(\.|$)")  # some models call a projection `value`
+
+
+class Outcome(NamedTuple):
+    """What a forward gave: the policy's logits (B, T, V), values (B, T), the scores of a reward role (B)."""
+
+    logits: Tensor | None = None
+    values: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class PolicyAndValue(nn.Module):
+    """A policy and its value function as one module; `forward` says which of them, or which reward role, computes."""
+
+    def __init__(self, policy: Any, value: Any = None) -> None:
+        """Join `policy` with a `value` model of its own, or with an adapter and a head on the policy's base."""
+        super().__init__()
+        self.policy = policy
+        self.value = value
+        hidden = policy.config.get_text_config().hidden_size
+        if value is None:
+            _add_value_adapter(self.policy)
+            self.value_head = _scalar_head(hidden, next(policy.parameters()))
+        self.reward_heads = nn.ModuleDict()
+        self._reward_pads: dict[str, int] = {}
+
+    # What the Trainer asks of a model.
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether policy and value function are one base with an adapter each."""
+        return self.value is None
+
+    def value_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the value function's own parameters."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(("value.", "value_head.")) or OF_VALUE_ADAPTER.search(name):
+                yield parameter
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute activations in both trunks; with the adapter that was active when they were computed first."""
+        chosen = dict(activation_checkpointing_kwargs or {})
+        if self.is_shared:
+            if chosen.setdefault("use_reentrant", False):
+                raise UserError(
+                    "use_reentrant: true would recompute the value function with the policy's adapter; drop it"
+                )
+            chosen["context_fn"] = self._recompute_contexts
+        for model in filter(None, (self.policy, self.value)):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=chosen, **kwargs)
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), lora.adapter_active(self.policy, lora.active_adapter(self.policy))
+
+    # The forward.
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, role: str = "policy", use_cache: bool = False
+    ) -> Outcome:
+        """Compute as `role`: "policy" (logits), "value" (values), "both", or the name of a shared reward model."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if role in self.reward_heads:
+            return Outcome(scores=self._scores(batch, role))
+        logits = self.policy(**batch).logits if role in ("policy", "both") else None
+        values = self._values(batch) if role in ("value", "both") else None
+        return Outcome(logits, values)
+
+    def _values(self, batch: dict[str, Any]) -> Tensor:
+        if self.value is not None:
+            hidden_BTH = self.value.base_model(**batch).last_hidden_state
+            return head_of(self.value)(hidden_BTH).squeeze(-1).float()
+        with lora.adapter_active(self.policy, VALUE_ADAPTER):
+            return self.value_head(self._trunk()(**batch).last_hidden_state).squeeze(-1).float()
+
+    def _scores(self, batch: dict[str, Any], role: str) -> Tensor:
+        """Return the reward at each sequence's last token that is not padding, as a Hugging Face classifier pools."""
+        with lora.adapter_active(self.policy, role):
+            hidden_BTH = self._trunk()(**batch).last_hidden_state
+            scores_BT = self.reward_heads[role](hidden_BTH).squeeze(-1).float()
+        places_T = torch.arange(scores_BT.shape[1], device=scores_BT.device)
+        last_B = (places_T * (batch["input_ids"] != self._reward_pads[role])).argmax(1)
+        return scores_BT.gather(1, last_B[:, None]).squeeze(1)
+
+    def _trunk(self) -> Any:
+        """Return the base without its language-model head; LoRA's layers stand in it."""
+        return self.policy.get_base_model().base_model
+
+    def hold_reward(self, role: str, source: Source, pad_token_id: int) -> None:
+        """Put the reward model in `source`, an adapter of the policy's own base, on that base as `role`, frozen.
+
+        It reads its score off the last token that is not `pad_token_id`. Call it before the engine is made. Raises
+        `UserError` where the adapter carries more than low-rank weights and a scalar head.
+        """
+        assert self.is_shared, "a reward adapter needs the policy's base unchanged"
+        head_H = lora.load_scoring_adapter(self.policy, source, name=role)
+        head = _scalar_head(head_H.numel(), next(self.policy.parameters()))
+        with torch.no_grad():
+            head.weight.copy_(head_H)
+        self.reward_heads[role] = head.requires_grad_(False)
+        self._reward_pads[role] = pad_token_id
+
+
+def separate(policy: nn.Module, source: Source, **loading: Any) -> PolicyAndValue:
+    """Return `policy` with a value model of its own, started from `source`: its trunk, and its head where it has one.
+
+    `loading` goes to `models.load.load_policy`; what has no scalar head yet gets one that starts at zero.
+    """
+    return PolicyAndValue(policy, load.load_policy(source, head="score", **loading))
+
+
+def shared(policy: PeftModel, *, copy_start: bool = False) -> PolicyAndValue:
+    """Return `policy`, a base with a LoRA adapter, with a second adapter and a head as its value function.
+
+    With `copy_start` the value adapter starts as the policy's own, which then is a stored one; else fresh.
+    """
+    made = PolicyAndValue(policy)
+    if copy_start:
+        lora.copy_adapter(policy, lora.TRAINED, VALUE_ADAPTER)
+    return made
+
+
+def _add_value_adapter(policy: PeftModel) -> None:
+    if getattr(policy.peft_config[lora.TRAINED], "modules_to_save", None):
+        raise UserError(
+            "lora_modules_to_save changes the base that the value function and the reference share; drop it for ppo"
+        )
+    moe.refuse_adapted_blocks(policy)
+    lora.add_adapter_like(policy, lora.TRAINED, VALUE_ADAPTER)
+
+
+def _scalar_head(hidden: int, like: Tensor) -> nn.Linear:
+    """Return a head that gives 0 until it has learnt, in the dtype and on the device of `like`."""
+    head = nn.Linear(hidden, 1, bias=False, dtype=like.dtype, device=like.device)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def head_of(model: Any) -> nn.Module:
+    """Return the scalar head of a sequence classifier."""
+    found = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
+    if found is None:
+        raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; use another model")
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute without dropout and gradients meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
