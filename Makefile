@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 ARGS ?=
+ARMS ?=
 # One target per recipe: a test holds recipes/ and the registry to the same names.
 PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
 
@@ -31,8 +32,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,wandb]'
 	@touch $@
 
-demo: setup ## pretrain -> SFT -> DPO on the embedded data, two ranks, with a table of what each phase brought
-	@$(BIN)/align-kit demo $(ARGS)
+demo: setup ## every phase on the embedded data, two ranks, with a table of what each brought (ARMS='dpo ppo' for some)
+	@$(BIN)/align-kit demo $(if $(ARMS),--arms $(ARMS)) $(ARGS)
 
 test: setup ## the whole test suite
 	@$(BIN)/ruff check .

@@ -29,6 +29,8 @@ FLOODS = (
     Flood(UserWarning, r"torch\.distributed\.", "", "barrier() without a device, on every start"),
     Flood(UserWarning, r"deepspeed\.", "", "capabilities of the machine that were not asked for"),
     Flood(UserWarning, r"torch\.utils\.data\.dataloader", "'pin_memory' argument", "no accelerator: nothing to pin"),
+    Flood(RuntimeWarning, r"peft\.tuners\.", "The following rank_pattern keys", "stacked experts: they do match"),
+    Flood(RuntimeWarning, r"peft\.tuners\.", "The following alpha_pattern keys", "stacked experts: they do match"),
     Flood(UserWarning, r"peft\.utils\.save_and_load", "Could not find a config file", "offline base models"),
 )
 

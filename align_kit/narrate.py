@@ -24,6 +24,7 @@ def record(
     start: Start,
     rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
+    derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
     args: Any,
 ) -> None:
@@ -46,6 +47,7 @@ def record(
         data=rows.accounts(),
         policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
         frozen={role: held.identity.as_dict() for role, held in frozen.items()},
+        derived=derived,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
 
@@ -60,6 +62,10 @@ def _small_numbers(config: Config) -> str:
     return f"{', '.join(theirs)}: from {recipe}, made for the small embedded model; give your own with --config"
 
 
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def header(
     recipe: Recipe,
     config: Config,
@@ -67,6 +73,7 @@ def header(
     start: Start,
     rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
+    derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
     args: Any,
     home: RunFolder,
@@ -89,6 +96,8 @@ def header(
     log.say(
         f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
     )
+    for name, (value, why) in derived.items():
+        log.say(f"  {'derived':<10} {name} {_shown(value)}: {why}")
     if note := _small_numbers(config):
         log.say(f"  note       {note}")
     resumed = f", going on from {home.resume_from}" if home.resume_from else ""
@@ -119,6 +128,8 @@ def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
     shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
     speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s"
     log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
+    for line in trainer.closing_lines():
+        log.say(line)
     log.say(
         f"saved and verified: {home.path} ({saved.size / 1e6:.1f} MB, digest {saved.digest[:12]}, re-opened logits "
         f"within {saved.logit_gap:.1g})"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align_kit import cards, log, machine, run_folder, zero
 from align_kit import frozen as frozen_models
-from align_kit import log, machine, run_folder, zero
 from align_kit.config import BatchPlan, Config, derive
 from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
 from align_kit.data.report import TokeniseOptions
 from align_kit.errors import UserError
-from align_kit.models import load, lora, source
+from align_kit.models import load, lora, moe, policy_and_value, source
 from align_kit.models.source import Source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
+
+CARD = "card:"
 
 # --- the machine and the engine ---------------------------------------------------------------------------
 
@@ -89,6 +92,11 @@ def batch(config: Config, rows: int | None = None) -> BatchPlan:
         config.run.global_batch_size,
         rows,
     )
+
+
+def repeats(recipe: Recipe, config: Config) -> int:
+    """Return how often an epoch trains on a row of the data."""
+    return math.prod(config.value(name) for name in recipe.repeats)
 
 
 @contextmanager
@@ -263,14 +271,21 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
     mine = prepare(wanted, words) if args.local_process_index == 0 else None
     accounts = [mine.accounts() if mine else None]
     dist.broadcast_object_list(accounts, src=0)
-    return mine or reopen(accounts[0] or {}, wanted.cache)
+    prepared = mine or reopen(accounts[0] or {}, wanted.cache)
+    for split in filter(None, (prepared.train, prepared.eval)):
+        split.rows = recipe.trainer_class().complete(split.rows, args)
+    return prepared
 
 
 def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
-    given = {name: config.value(name) for name in ("max_length", "truncation_mode")}
-    for name in ("completion_only_loss", "assistant_only_loss"):
+    given = {"max_length": config.value("max_length")}
+    if recipe.writes and given["max_length"] is not None:  # what is written needs room behind the prompt
+        given["max_length"] -= config.value(recipe.writes) - 1
+    for name in ("truncation_mode", "completion_only_loss", "assistant_only_loss"):
         if name in config.training:
             given[name] = config.training[name]
+    if recipe.head == "score":
+        given["truncation_mode"] = "drop"  # as TRL: a completion without its end is not what was judged
     return TokeniseOptions(**given, packing=recipe.packed)
 
 
@@ -282,13 +297,16 @@ def policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) 
 
     What is "auto" in the engine's configuration and follows from the model's size is filled in.
     """
-    loaded = _policy(recipe, start, config, args)
+    loaded = _policy(recipe, start, words, config, args)
+    if recipe.values:
+        loaded = _with_values(loaded, start, words, config, args)
     load.check_vocabulary(loaded, words, start.tokenizer.name)
+    zero.set_leaf_modules(loaded, moe.sparse_blocks, args.hf_deepspeed_config.config)
     zero.fill_sizes(args.hf_deepspeed_config.config, getattr(loaded.config, "hidden_size", None))
     return loaded
 
 
-def _policy(recipe: Recipe, start: Start, config: Config, args: Any) -> Any:
+def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) -> Any:
     fields = config.model
     if fields.use_peft and start.source.weights.random:
         raise UserError(
@@ -296,14 +314,28 @@ def _policy(recipe: Recipe, start: Start, config: Config, args: Any) -> Any:
             "model_name_or_path, or run the phase before"
         )
     overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
-    loading = {**_loading(config, args), "overrides": overrides}
+    ending = {"head": recipe.head, "pad_token_id": words.pad_token_id}
+    loading = {**_loading(config, args), **ending, "overrides": overrides}
     if not fields.use_peft:
         return load.load_policy(start.source, **loading)
     base = load.load_policy(start.source.weights, **loading)
     if start.source.is_adapter:
         copy = frozen_models.REFERENCE_ADAPTER if "reference" in recipe.needs else None
-        return lora.load_adapter(base, start.source, frozen_copy=copy)
-    return lora.add_lora(base, fields)
+        return lora.load_adapter(base, start.source, head=recipe.head, frozen_copy=copy)
+    return lora.add_lora(base, fields, head=recipe.head)
+
+
+def _with_values(policy: Any, start: Start, words: Any, config: Config, args: Any) -> Any:
+    """Return the policy with its value function: an adapter on one base under LoRA, else a model of its own."""
+    named = args.value_model_name_or_path
+    if config.model.use_peft:
+        if named:
+            raise UserError("value_model_name_or_path and use_peft: the value function is an adapter then; drop one")
+        return policy_and_value.shared(policy, copy_start=start.source.is_adapter)
+    where = source.resolve(named, option="value_model_name_or_path") if named else start.source
+    made = policy_and_value.separate(policy, where, pad_token_id=words.pad_token_id, **_loading(config, args))
+    load.check_vocabulary(made.value, words, start.tokenizer.name)  # it reads the policy's tokens
+    return made
 
 
 def _loading(config: Config, args: Any) -> dict[str, Any]:
@@ -319,35 +351,60 @@ def _loading(config: Config, args: Any) -> dict[str, Any]:
 
 
 def frozen(
-    recipe: Recipe, start: Start, policy: Any, config: Config, args: Any, home: RunFolder
+    recipe: Recipe, start: Start, policy: Any, words: Any, rows: Prepared, config: Config, args: Any, home: RunFolder
 ) -> dict[str, frozen_models.Frozen]:
-    """Resolve and load the frozen models the recipe needs, each from its own source."""
-    held = {}
-    for role in recipe.needs:
-        run = config.run
-        where, identity = frozen_models.resolve_reference(
-            policy=start.source,
-            policy_digest=start.digest,
-            use_peft=config.model.use_peft,
-            given=run.reference_model_name_or_path,
-            placement=run.reference_placement,
-            differs=run.reference_differs,
-            whole_modules=bool(config.model.lora_modules_to_save) or lora.trains_whole_modules(start.source),
-            stage=args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0),
-            recorded=home.manifest.get("frozen", {}).get(role) if home.resume_from else None,
+    """Resolve and load the frozen models the recipe needs, each from its own source.
+
+    A `cached` reference lays its log-probabilities beside `rows`.
+    """
+    splits = [rows.train, *([rows.eval] if rows.eval else [])]
+    site = frozen_models.Site(args.hf_deepspeed_config.config, _loading(config, args), policy, words, splits)
+    recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
+    held: dict[str, frozen_models.Frozen] = {}
+    if "reference" in recipe.needs:
+        held["reference"] = frozen_models.reference(
+            config, args, start.source, start.digest, site, recorded, home.resume_from
         )
-        held[role] = frozen_models.load_reference(
-            where,
-            identity,
-            policy_is_adapter=start.source.is_adapter,
-            engine_config=args.hf_deepspeed_config.config,
-            hidden_size=getattr(policy.config, "hidden_size", None),
-            **_loading(config, args),
-        )
+    if "reward" in recipe.needs:
+        base = start.source.weights if config.model.use_peft else None
+        held |= frozen_models.rewards(args, site, recorded, base=base)
     return held
 
 
 # --- the trainer ------------------------------------------------------------------------------------------
+
+
+def derived(
+    recipe: Recipe, rows: Prepared, policy: Any, config: Config, args: Any, home: RunFolder
+) -> dict[str, tuple[Any, str]]:
+    """Set the options that follow from the data or the machine, and return them with the reason for each.
+
+    A run that goes on takes them from its manifest.
+    """
+    from align_kit.trainers.base import Known
+
+    if home.resume_from is not None and "derived" in home.manifest:
+        decided = {name: (value, why) for name, (value, why) in home.manifest["derived"].items()}
+    else:
+        known = Known(rows.train.rows, policy, config.given, _checker(config), _finished_beside(home))
+        decided = recipe.trainer_class().derive(args, known)
+    for name, (value, _) in decided.items():
+        setattr(args, name, value)
+    return decided
+
+
+def _checker(config: Config) -> str | None:
+    """Return the checker that the first card of the training data names, as a dotted path."""
+    named = [entry.path.removeprefix(CARD) for entry in config.data.datasets if entry.path.startswith(CARD)]
+    return next((checker for name in named if (checker := cards.load_card(name).block.checker)), None)
+
+
+def _finished_beside(home: RunFolder) -> Callable[[str], Path | None]:
+    def newest(phase: str) -> Path | None:
+        found = run_folder.predecessor(home.path, (phase,))
+        return found[0] if found else None
+
+    return newest
 
 
 def trainer(
@@ -379,6 +436,7 @@ def trainer(
     made.add_callback(made.progress)
     if frozen:
         made.add_callback(Fingerprints(made.check_frozen, config.run.fingerprint_steps))
+        made.add_callback(frozen_models.Following(made.move_frozen))
     if config.run.early_stopping_patience:
         made.add_callback(EarlyStoppingCallback(config.run.early_stopping_patience))
     return made

@@ -11,13 +11,20 @@ from typing import Any
 ROWS = {
     "pretrain": {"text": "Ann had 12 pens and bought 30 more. How many pens has she now? " * 8},
     "sft": {"prompt": "Ann had 12 pens and bought 30 more. How many pens are there?\n", "completion": "#### 42"},
+    "reward": {"prompt": "Ann had 12 pens and bought 30 more.\n", "chosen": "2 + 0 = 2\n#### 42", "rejected": "#### 7"},
     "dpo": {"prompt": "Ann had 12 pens and bought 30 more.\n", "chosen": "2 + 0 = 2\n#### 42", "rejected": "#### 7"},
+    "orpo": {"prompt": "Ann had 12 pens and bought 30 more.\n", "chosen": "2 + 0 = 2\n#### 42", "rejected": "#### 7"},
+    "kto": {"prompt": "Ann had 12 pens and bought 30 more.\n", "chosen": "2 + 0 = 2\n#### 42", "rejected": "#### 7"},
+    "ppo": {"prompt": "Ann had 12 pens and bought 30 more. How many pens are there?\n", "answer": "#### 42"},
 }
 # Random weights of the built-in model, two steps of two rows a rank, nothing stored but the final model.
 TWO_STEPS = (
     *("--config_name", "builtin:tiny", "--max_length", "64", "--max_steps", "2"),
     *("--per_device_train_batch_size", "2", "--output_dir", "out"),
 )
+MORE = {
+    "ppo": ("--reward_funcs", "tests.rank_work:odd_tokens", "--response_length", "16", "--num_generations", "2"),
+}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -29,16 +36,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> list[str | Path]:
     """Return the command line of a two-step run of `phase` on `rows` rows of its own in `folder`."""
     data = write_rows(folder / f"{phase}.jsonl", [ROWS[phase]] * rows)
-    return [phase, *TWO_STEPS, "--datasets", json.dumps([{"path": str(data)}]), *more]
+    return [phase, *TWO_STEPS, *MORE.get(phase, ()), "--datasets", json.dumps([{"path": str(data)}]), *more]
 
 
 # Every line a run may print where nothing is wrong: its header, its progress, its footer.
 OURS = re.compile(
     r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
-    r"|  (policy|reference|data|eval|batch|note|output) +\S.*"
-    r"|  step \d+/\d+  loss \d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
-    r"|  step \d+: eval loss \d+\.\d{4}"
+    r"|  (policy|reference|reward|reward_\d|data|eval|batch|derived|gate|note|output) +\S.*"
+    r"|  step \d+/\d+  loss -?\d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
+    r"|  step \d+: eval (loss|reward) -?\d+\.\d{4}"
     r"|done in [\d:]+, \d+ steps: .* tokens/s"
+    r"|an iteration: rollout [\d.]+ s, score [\d.]+ s, update [\d.]+ s; some of what was written: \S+"
     r"|saved and verified: \S+ \(.* MB, digest \w{12}, re-opened logits within \S+\)"
 )
 

@@ -48,6 +48,16 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "no",
 }
 
+# What a phase needs beside: PPO writes 4 prompts' completions, then takes three steps on them.
+MORE: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "response_length": 12,
+        "num_generations": 2,
+        "num_ppo_epochs": 3,
+        "reward_funcs": ["tests.rank_work:odd_tokens"],
+    },
+}
+
 SIZES: dict[str, Any] = {
     "vocab_size": 336,
     "hidden_size": 32,
@@ -73,6 +83,17 @@ def write_model(place: Path, *, seed: int = 0, shard_size: str = "5GB", **change
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
     model.generation_config = GenerationConfig(eos_token_id=[0, 3], pad_token_id=1, max_new_tokens=17)
     model.save_pretrained(place, max_shard_size=shard_size)
+    make_tokenizer().save_pretrained(place)
+    return place
+
+
+def write_scorer(place: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Save a small sequence classifier (one label, random weights from `seed`) with its tokenizer in `place`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    LlamaForSequenceClassification(LlamaConfig(**{**SIZES, "num_labels": 1, **changes})).save_pretrained(place)
     make_tokenizer().save_pretrained(place)
     return place
 
@@ -119,7 +140,15 @@ def _pair(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " " + sentence(draw, 1, 9)}
 
 
-MAKERS = {"text": _text, "prompt_completion": _completion, "preference": _pair}
+def _labelled(draw: random.Random) -> dict[str, Any]:
+    return {**_completion(draw), "label": draw.random() < 0.4}
+
+
+def _prompt(draw: random.Random) -> dict[str, Any]:
+    return {"prompt": sentence(draw, 1, 12), "answer": sentence(draw, 1, 1)}
+
+
+MAKERS = {"text": _text, "prompt_completion": _completion, "preference": _pair, "binary": _labelled, "prompt": _prompt}
 
 
 def make_rows(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -198,7 +227,7 @@ class Lab:
         self.home.mkdir()
         self.model = write_model(self.home / "model")
         # 6 steps within one epoch: at its end rows are repeated to fill the last batch, more of them on more ranks
-        counts = {"text": 120, "prompt_completion": 48, "preference": 48}
+        counts = {"text": 120, "prompt_completion": 48, "preference": 48, "binary": 48, "prompt": 12}
         self.data = {kind: write_rows(self.home / f"{kind}.jsonl", make_rows(kind, n)) for kind, n in counts.items()}
         # 7 rows: no multiple of any world size or batch used here
         self.held_out = {kind: write_rows(self.home / f"{kind}-7.jsonl", make_rows(kind, 7, seed=1)) for kind in MAKERS}
@@ -209,6 +238,11 @@ class Lab:
         self.blank = self.home / "blank.yaml"
         self.blank.write_text("logging_first_step: true\n")
         self._runs: dict[str, Run] = {}
+
+    @cached_property
+    def scorer(self) -> Path:
+        """A sequence classifier whose head is not fresh, so that every margin counts."""
+        return write_scorer(self.home / "scorer")
 
     def kind(self, phase: str) -> str:
         """Return the kind of rows that `phase` was made for."""
@@ -221,6 +255,7 @@ class Lab:
             "config": self.blank,
             "model_name_or_path": self.model,
             "datasets": [{"path": self.data[self.kind(phase)]}],
+            **MORE.get(phase, {}),
             **changes,
         }
         if given.get("use_peft"):

@@ -24,6 +24,7 @@ CLASSES = {
     "dpo": "trl:DPOConfig",
     "kto": "trl:KTOConfig",
     "reward": "trl:RewardConfig",
+    "ppo": "align_kit.trainers.arguments:PPOConfig",
 }
 
 
@@ -164,6 +165,13 @@ REFUSALS = [
     ("dpo", "--bf16 --dtype float16", "bf16: true and dtype: float16 were both given"),
     ("dpo", "--lora_r 8", "lora_r given without use_peft"),
     ("dpo", "--use_peft --reference_model_name_or_path x", "use_peft and reference_model_name_or_path", "sharded"),
+    ("dpo", "--precompute_ref_log_probs --reference_placement sharded", "means reference_placement: cached"),
+    ("dpo", "--precompute_ref_batch_size 4", "nothing is computed before; add reference_placement: cached"),
+    ("ppo", "--reference_placement cached", "and ppo writes its own"),
+    ("dpo", "--sync_ref_model --use_peft", "sync_ref_model moves whole weights, and use_peft trains an adapter"),
+    ("dpo", "--sync_ref_model --precompute_ref_log_probs", "moves a sharded reference, and cached was given"),
+    ("kto", "--ref_model_mixup_alpha 0.5", "ref_model_mixup_alpha (command line) was given without sync_ref_model"),
+    ("kto", "--sync_ref_model --ref_model_mixup_alpha 1.5", "is 1.5; expected above 0, at most 1"),
     ("dpo", "--use_peft false --reference_placement adapter", "reference_placement: adapter needs an adapter"),
     ("sft", "--reference_model_name_or_path x", "but sft has no reference"),
     ("sft", "--use_peft --lora_task_type SEQ_CLS", "but sft trains CAUSAL_LM"),

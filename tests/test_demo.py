@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align_kit.demo import pipeline, table
+from align_kit.demo import control, pipeline, samples, table
 from align_kit.demo.score import gain
 from align_kit.errors import UserError
 from tests.harness import Ranks
@@ -33,11 +33,30 @@ def test_control_swaps_about_half_and_loses_none(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(400)]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    swapped = [json.loads(line) for line in pipeline.shuffled(pairs, seed=0).read_text().splitlines()]
+    swapped = [json.loads(line) for line in samples.shuffled_pairs(pairs, seed=0).read_text().splitlines()]
     assert [row["prompt"] for row in swapped] == [row["prompt"] for row in rows]
     assert all({row["chosen"], row["rejected"]} == {f"c{i}", f"r{i}"} for i, row in enumerate(swapped))
     assert 160 < sum(row["chosen"][0] == "r" for row in swapped) < 240
-    assert pipeline.shuffled(pairs, seed=0).read_text() != pipeline.shuffled(pairs, seed=1).read_text()
+    assert samples.shuffled_pairs(pairs, seed=0).read_text() != samples.shuffled_pairs(pairs, seed=1).read_text()
+
+
+def test_shuffled_labels_keep_their_counts(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "completion": f"c{i}", "label": i % 3 == 0} for i in range(300)]
+    place = samples.write(tmp_path / "labels.jsonl", rows)
+    dealt = samples.read(samples.shuffled_labels(place, seed=0))
+    assert [row["completion"] for row in dealt] == [row["completion"] for row in rows]
+    assert sum(row["label"] for row in dealt) == 100
+    agree = sum(row["label"] == before["label"] for row, before in zip(dealt, rows, strict=True))
+    assert 130 < agree < 200  # 5/9 of them by chance
+
+
+def test_shuffled_rewards_are_the_same_numbers() -> None:
+    prompts = [f"Ann had {n} pens and bought 1 more. How many?\n" for n in range(40)]
+    right = [f"{n}+1: {n}+1={n + 1}\n#### {n + 1}" for n in range(40)]
+    texts = [text if n < 10 else "#### 0" for n, text in enumerate(right)]
+    dealt = control.shuffled_reward(prompts=prompts, completions=texts, answer=right)
+    assert sum(dealt) == 10 and sum(dealt[:10]) < 8
+    assert dealt == control.shuffled_reward(prompts=prompts, completions=texts, answer=right)
 
 
 def test_grid_is_aligned() -> None:
@@ -56,7 +75,7 @@ def test_bad_options(words: str, message: str) -> None:
 def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
     """A share of the steps: enough that fine-tuning teaches the format and DPO makes the model show its work."""
     env = {**ranks.env, "ALIGN_KIT_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.4", "--split", "validation"]
+    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.4", "--split", "validation", "--arms", "dpo"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "demo")], env=env, cwd=tmp_path, capture_output=True, text=True
     )

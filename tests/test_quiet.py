@@ -69,6 +69,8 @@ RAISERS = (
     "torch.distributed.c10d_logger",
     "deepspeed.runtime.engine",
     "torch.utils.data.dataloader",
+    "peft.tuners.tuners_utils",
+    "peft.tuners.tuners_utils",
     "peft.utils.save_and_load",
 )
 

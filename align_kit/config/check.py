@@ -10,31 +10,57 @@ from align_kit.config.resolved import Config
 
 
 class Range(NamedTuple):
-    """The values a number may have: from `low` (itself excluded where `above`) to under `under`."""
+    """The values a number may have: from `low` (itself excluded where `above`) to `most`, or to under `under`."""
 
     low: float
     above: bool = False
     under: float | None = None
+    most: float | None = None
 
     def holds(self, number: float) -> bool:
         """Return whether `number` lies inside."""
         over_low = number > self.low if self.above else number >= self.low
-        return over_low and (self.under is None or number < self.under)
+        below = (self.under is None or number < self.under) and (self.most is None or number <= self.most)
+        return over_low and below
 
     def words(self) -> str:
         """Return the range for a message: `above 0` or `0 or more, under 1`."""
         low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        low = low if self.most is None else f"{low}, at most {self.most:g}"
         return low if self.under is None else f"{low}, under {self.under:g}"
 
 
 POSITIVE = Range(0, above=True)
 AT_LEAST_ONE = Range(1)
 NOT_NEGATIVE = Range(0)
+UP_TO_ONE = Range(0, above=True, most=1)
 
 RANGES: dict[str, Range] = {
     "beta": POSITIVE,
     "label_smoothing": Range(0, under=0.5),
+    "desirable_weight": POSITIVE,
+    "undesirable_weight": POSITIVE,
+    "center_rewards_coefficient": NOT_NEGATIVE,
     "max_length": Range(2),
+    "num_generations": AT_LEAST_ONE,
+    "response_length": AT_LEAST_ONE,
+    "temperature": POSITIVE,
+    "rollout_batch_size": AT_LEAST_ONE,
+    "kl_coef": NOT_NEGATIVE,
+    "kl_target": POSITIVE,
+    "kl_horizon": AT_LEAST_ONE,
+    "num_ppo_epochs": AT_LEAST_ONE,
+    "num_mini_batches": AT_LEAST_ONE,
+    "cliprange": POSITIVE,
+    "cliprange_value": POSITIVE,
+    "vf_coef": NOT_NEGATIVE,
+    "gamma": Range(0, above=True, most=1),
+    "lam": Range(0, most=1),
+    "value_learning_rate": NOT_NEGATIVE,
+    "early_stop_kl": POSITIVE,
+    "num_sample_completions": NOT_NEGATIVE,
+    "seed": NOT_NEGATIVE,
+    "save_steps": POSITIVE,
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
@@ -52,6 +78,15 @@ RANGES: dict[str, Range] = {
     "fingerprint_steps": NOT_NEGATIVE,
     "early_stopping_patience": AT_LEAST_ONE,
     "test_split_size": POSITIVE,
+    "precompute_ref_batch_size": AT_LEAST_ONE,
+    "ref_model_mixup_alpha": UP_TO_ONE,
+    "ref_model_sync_steps": AT_LEAST_ONE,
+    **dict.fromkeys(("num_generations", "response_length", "rollout_batch_size", "kl_horizon"), AT_LEAST_ONE),
+    **dict.fromkeys(("num_ppo_epochs", "num_mini_batches"), AT_LEAST_ONE),
+    **dict.fromkeys(("temperature", "cliprange", "cliprange_value", "kl_target", "early_stop_kl"), POSITIVE),
+    **dict.fromkeys(("kl_coef", "vf_coef", "entropy_coef", "missing_eos_penalty"), NOT_NEGATIVE),
+    **dict.fromkeys(("value_learning_rate", "num_sample_completions"), NOT_NEGATIVE),
+    **dict.fromkeys(("gamma", "lam"), Range(0, most=1)),
 }
 ENTRY_RANGES: dict[str, Range] = {"fraction": POSITIVE, "weight": POSITIVE, "max_samples": AT_LEAST_ONE}
 
@@ -106,7 +141,7 @@ def _adapters(config: Config) -> Iterator[str]:
     lora = [name for name in names if config.value(name) not in (None, False)]
     if lora and not config.given("use_peft"):
         yield f"{', '.join(lora)} given without use_peft; add use_peft: true, or use_peft: false to train all weights"
-    if model.use_peft and run.reference_model_name_or_path and run.reference_placement != "sharded":
+    if model.use_peft and run.reference_model_name_or_path and _placement(config) in ("auto", "adapter"):
         yield (
             "use_peft and reference_model_name_or_path were both given; drop one (the policy without its adapter is "
             "the reference), or ask for both with reference_placement: sharded"
@@ -115,6 +150,11 @@ def _adapters(config: Config) -> Iterator[str]:
         yield "reference_placement: adapter has no place for reference_model_name_or_path; drop one"
     if run.reference_placement == "adapter" and config.given("use_peft") and not model.use_peft:
         yield "reference_placement: adapter needs an adapter, but use_peft is false; drop one"
+
+
+def _placement(config: Config) -> str:
+    """Return where the reference is asked to live; TRL's `precompute_ref_log_probs` is another word for cached."""
+    return "cached" if config.training.get("precompute_ref_log_probs") else config.run.reference_placement
 
 
 def _task_type(config: Config) -> Iterator[str]:
@@ -131,6 +171,30 @@ def _references(config: Config) -> Iterator[str]:
     for name in ("reference_model_name_or_path", "reference_placement", "reference_differs"):
         if config.given(name) and config.value(name) not in (None, "auto", False):
             yield f"{name} ({config.origin[name]}) was given, but {config.phase} has no reference; drop it"
+
+
+def _stored_reference(config: Config) -> Iterator[str]:
+    """Stored log-probabilities beside another placement, or in a phase that writes its own completions."""
+    training, placement = config.training, config.run.reference_placement
+    if training.get("precompute_ref_log_probs") and placement not in ("auto", "cached"):
+        yield f"precompute_ref_log_probs means reference_placement: cached, and {placement} was given; drop one"
+    if training.get("precompute_ref_batch_size") is not None and _placement(config) != "cached":
+        yield "precompute_ref_batch_size was given, but nothing is computed before; add reference_placement: cached"
+    if placement == "cached" and config.phase == "ppo":
+        yield "reference_placement: cached needs completions that stand in the data, and ppo writes its own; drop it"
+
+
+def _moving_reference(config: Config) -> Iterator[str]:
+    """A reference that follows the policy where it cannot, or numbers of one that does not."""
+    if not config.training.get("sync_ref_model"):
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if config.given(name):
+                yield f"{name} ({config.origin[name]}) was given without sync_ref_model; add sync_ref_model: true"
+        return
+    if _placement(config) not in ("auto", "sharded"):
+        yield f"sync_ref_model moves a sharded reference, and {_placement(config)} was given; drop one"
+    if config.model.use_peft:
+        yield "sync_ref_model moves whole weights, and use_peft trains an adapter; drop one"
 
 
 def _model_start(config: Config) -> Iterator[str]:
@@ -196,6 +260,8 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _adapters,
     _task_type,
     _references,
+    _stored_reference,
+    _moving_reference,
     _model_start,
     _loss,
     _precision,

@@ -109,7 +109,11 @@ class RunFields:
     )
     overwrite: bool = option(False, "replace what stands in output_dir")
     reference_model_name_or_path: str | None = option(None, "the reference; the policy's start where none is given")
-    reference_placement: str = option("auto", "where the reference lives", choices=("auto", "adapter", "sharded"))
+    reference_placement: str = option(
+        "auto",
+        "where the reference lives",
+        choices=("auto", "adapter", "sharded", "offloaded", "quantised", "cached"),
+    )
     reference_differs: bool = option(False, "the reference is not the policy's start, on purpose: no step-0 identity")
     fingerprint_steps: int = option(50, "steps between comparisons of frozen weights; 0 = only at load and save")
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without a better metric")

@@ -61,16 +61,16 @@ LENGTHS = ("rows carry no padding, so grouping them by length saves nothing", "d
 BITS = ("quantised base weights are not built yet", "use_peft with bf16 weights")
 QUANTISE = ("only quantised loading reads it, which is not built yet", "drop it")
 STREAM = ("data is read, counted and cached before training", "max_samples in the entry of datasets")
-SYNC = ("a reference that moves cannot be checked to be frozen", "a fixed reference: drop it")
-PRECOMPUTE = ("a stored reference is not built yet", "reference_placement: adapter or sharded")
 PACKING = ("sft keeps one example per row", "drop it; phase pretrain packs text")
 NO_PADDING = ("rows carry no padding to begin with", "drop it")
 
 SFT = "pretrain sft"
 PAIRED = "dpo kto"
-TEMPLATED = "pretrain sft reward"
-DROPOUT = "dpo kto reward"
-CUT = "pretrain sft dpo"
+TEMPLATED = "pretrain sft reward orpo ppo"
+DROPOUT = "dpo kto reward orpo ppo"
+CUT = "pretrain sft dpo orpo"
+TRL_FIVE = "pretrain sft dpo kto reward"
+ALL = "pretrain sft dpo kto reward orpo ppo"
 
 TRAINING_ARGUMENTS: dict[str, Row] = {
     # length and schedule
@@ -204,31 +204,31 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
 
 TRL_TRAINERS: dict[str, Row] = {
     # model
-    "trust_remote_code": honoured(US, phases="pretrain sft dpo kto reward"),
+    "trust_remote_code": honoured(US, phases=ALL),
     "model_init_kwargs": refused(
         "each of its keys has a name of its own",
         "dtype, attn_implementation, model_revision, trust_remote_code, config_overrides",
-        phases="pretrain sft dpo kto reward",
+        phases=TRL_FIVE,
     ),
     "router_aux_loss_coef": refused(
         "mixture-of-experts balancing is not built yet", "drop it", phases="pretrain sft dpo kto"
     ),
     "chat_template_path": honoured(US, phases=TEMPLATED),
     "eos_token": honoured(US, phases=TEMPLATED),
-    "pad_token": honoured(US, phases="pretrain sft dpo reward"),
+    "pad_token": honoured(US, phases="pretrain sft dpo reward orpo ppo"),
     "disable_dropout": honoured(US, phases=DROPOUT),
     "activation_offloading": refused(
-        "activations are recomputed, not moved", "gradient_checkpointing: true", phases="pretrain sft dpo kto reward"
+        "activations are recomputed, not moved", "gradient_checkpointing: true", phases=TRL_FIVE
     ),
     # data
-    "max_length": honoured(US, phases="pretrain sft dpo kto reward"),
+    "max_length": honoured(US, phases=ALL),
     "truncation_mode": honoured(US, phases=CUT),
-    "dataset_num_proc": mapped("rows are tokenised once and cached by content", phases="pretrain sft dpo kto reward"),
+    "dataset_num_proc": mapped("rows are tokenised once and cached by content", phases=TRL_FIVE),
     "dataset_text_field": refused("a column is named where its data is", "columns in an entry of datasets", phases=SFT),
     "dataset_kwargs": refused("rows are always prepared here", "drop it", phases=SFT),
     "shuffle_dataset": mapped("train_sampling_strategy: random draws rows in a seeded random order", phases=SFT),
-    "pad_to_multiple_of": refused(*NO_PADDING, phases="pretrain sft dpo kto reward"),
-    "padding_free": refused(*NO_PADDING, phases=CUT),
+    "pad_to_multiple_of": refused(*NO_PADDING, phases=TRL_FIVE),
+    "padding_free": refused(*NO_PADDING, phases="pretrain sft dpo"),
     "packing": refused(*PACKING, phases=SFT),
     "packing_strategy": refused(*PACKING, phases=SFT),
     "eval_packing": refused(*PACKING, phases=SFT),
@@ -236,7 +236,7 @@ TRL_TRAINERS: dict[str, Row] = {
     "assistant_only_loss": honoured(US, phases=SFT),
     # losses
     "loss_type": honoured(US, phases="pretrain sft dpo kto"),
-    "beta": honoured(US, phases=PAIRED),
+    "beta": honoured(US, phases="dpo kto orpo"),
     "loss_weights": honoured(US, phases="dpo"),
     "label_smoothing": honoured(US, phases="dpo"),
     "ld_alpha": honoured(US, phases="dpo"),
@@ -248,11 +248,11 @@ TRL_TRAINERS: dict[str, Row] = {
     "undesirable_weight": honoured(US, phases="kto"),
     "center_rewards_coefficient": honoured(US, phases="reward"),
     # reference
-    "precompute_ref_log_probs": refused(*PRECOMPUTE, phases=PAIRED),
-    "precompute_ref_batch_size": refused(*PRECOMPUTE, phases=PAIRED),
-    "sync_ref_model": refused(*SYNC, phases=PAIRED),
-    "ref_model_mixup_alpha": refused(*SYNC, phases=PAIRED),
-    "ref_model_sync_steps": refused(*SYNC, phases=PAIRED),
+    "precompute_ref_log_probs": honoured(US, phases=PAIRED),
+    "precompute_ref_batch_size": honoured(US, phases=PAIRED),
+    "sync_ref_model": honoured(US, phases=PAIRED),
+    "ref_model_mixup_alpha": honoured(US, phases=PAIRED),
+    "ref_model_sync_steps": honoured(US, phases=PAIRED),
 }
 
 MODEL_CONFIG: dict[str, Row] = {

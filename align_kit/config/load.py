@@ -86,6 +86,7 @@ def _together(problems: Sequence[str]) -> str:
 # Keys whose work something else does; they do not reach the config class.
 DONE_ELSEWHERE = ("resume_from_checkpoint", "do_train", "do_eval", "local_rank", "shuffle_dataset")
 PACKING = ("packing", "packing_strategy", "eval_packing")
+BEST_BY = {"ppo": "reward"}  # what tells the best of several evaluations, where it is not the loss
 
 
 def _grouped(recipe: Row, values: dict[str, Any], origin: dict[str, str], env: dict[str, str]) -> Config:
@@ -116,9 +117,10 @@ def _derived(config: Config) -> Config:
     if training.get("resume_from_checkpoint"):
         config.run.resume = training["resume_from_checkpoint"]
         origin["resume"] = f"resume_from_checkpoint ({origin['resume_from_checkpoint']})"
-    if config.run.early_stopping_patience is not None and not training.get("metric_for_best_model"):
-        training["metric_for_best_model"] = "loss"
-        origin["metric_for_best_model"] = "early_stopping_patience"
+    asks = [name for name in ("early_stopping_patience", "load_best_model_at_end") if config.value(name)]
+    if asks and not training.get("metric_for_best_model"):
+        training["metric_for_best_model"] = BEST_BY.get(config.phase, "loss")
+        origin["metric_for_best_model"] = asks[0]
     if training.get("loss_type") == "chunked_nll":  # TRL's deprecated alias, about which its class warns
         training["loss_type"] = "nll"
     dropped = DONE_ELSEWHERE + (PACKING if config.phase == "pretrain" else ())

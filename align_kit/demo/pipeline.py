@@ -1,31 +1,34 @@
-"""The demo's steps: pretrain -> SFT -> pairs from the SFT model, ranked by the checker -> DPO -> one table."""
+"""The demo's steps: pretrain -> SFT -> its answers, ranked by the checker -> one arm for each method -> a table.
+
+Every arm is a recipe run as a user would run it. DPO, KTO and the reward model learn from the SFT model's own answers
+to training problems; PPO writes its own; ORPO does without SFT and starts from the base model.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from align_kit import cards, log
+from align_kit import log
 from align_kit.data import embedded
-from align_kit.data.checkers import rank_pairs
 from align_kit.data.embedded import sums
-from align_kit.demo import table
+from align_kit.demo import samples, table
+from align_kit.demo.samples import Drawn
 from align_kit.demo.score import CARD, Score, score
-from align_kit.demo.workers import spread
 from align_kit.errors import EXIT_CODE, UserError
 from align_kit.resources import folder
 
-PROMPTS, DRAWS = 512, 4  # training problems for the preference pairs, and answers drawn to each
-PHASES = ("pretrain", "sft", "dpo")
-CONTROL = "control"
+PROBLEMS = 512  # training problems the SFT model answers
+PAIRS = 2  # pairs of one problem a reward model learns from
+EASY = ("reward", "dpo", "orpo", "kto", "ppo")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Options:
     output: Path
     ranks: int
     split: str
+    arms: tuple[str, ...]
     control: bool
     scale: float
 
@@ -46,7 +50,7 @@ def demo(argv: Sequence[str]) -> int:
     log.quiet()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
-    results = {seed: one_seed(seed, options) for seed in options.seeds}
+    results = {seed: Seed(seed, options).run() for seed in options.seeds}
     text = table.report(results, options.output, time.monotonic() - began, options.split)
     (options.output / "report.md").write_text(text + "\n")
     log.say("\n" + text)
@@ -55,13 +59,16 @@ def demo(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> Options:
     """Return the options of a command line."""
-    parser = argparse.ArgumentParser("align-kit demo", description=(__doc__ or "").strip())
+    parser = argparse.ArgumentParser("align-kit demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several; default 0")
     parser.add_argument("--output_dir", type=Path, default=Path(os.environ.get("ALIGN_KIT_RUNS") or "runs") / "demo")
     parser.add_argument("--ranks", type=int, default=2, help="ranks per phase; default 2")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="problems scored; default test")
     parser.add_argument(
-        "--control", action="store_true", help="also run DPO on shuffled preferences, which must not help"
+        "--arms", nargs="+", choices=tuple(ARMS), default=list(EASY), help=f"what follows SFT; default {' '.join(EASY)}"
+    )
+    parser.add_argument(
+        "--control", action="store_true", help="also run DPO, KTO and PPO on shuffled preferences, which must not help"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of each phase's steps: faster, and weaker")
     given = parser.parse_args(list(argv))
@@ -69,41 +76,122 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--ranks {given.ranks}: give 1 or more")
     if not 0 < given.scale <= 1:
         raise UserError(f"--scale {given.scale}: give a share above 0, at most 1")
-    return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, given.control, given.scale)
+    arms = tuple(dict.fromkeys(given.arms))
+    return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, arms, given.control, given.scale)
 
 
-def one_seed(seed: int, options: Options) -> dict[str, Score]:
-    """Run all phases with one seed and return the score of the model each phase left."""
-    home = options.output / f"seed{seed}"
-    home.mkdir(parents=True, exist_ok=True)
-    phase("pretrain", home, seed, options)
-    phase("sft", home, seed, options)
-    pairs = draw_pairs(home, seed, options.ranks)
-    phase("dpo", home, seed, options, data=pairs)
-    arms = list(PHASES)
-    if options.control:
-        phase("dpo", home, seed, options, data=shuffled(pairs, seed), name=CONTROL)
-        arms.append(CONTROL)
-    problems = embedded.rows(CARD, options.split)
-    log.say(f"scoring {len(problems)} held-out problems ({options.split})")
-    scores = {arm: score(home / arm, problems, processes=options.ranks, seed=seed) for arm in arms}
-    (home / "scores.json").write_text(json.dumps({arm: one.as_dict() for arm, one in scores.items()}))
-    return scores
+class Seed:
+    """All phases with one seed, in a folder of their own."""
+
+    def __init__(self, seed: int, options: Options) -> None:
+        self.seed = seed
+        self.options = options
+        self.home = options.output / f"seed{seed}"
+        self.home.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, Score]:
+        """Run every phase and return the score of each model that answers problems."""
+        self.phase("pretrain")
+        self.phase("sft")
+        chosen = [ARMS[name] for name in ARMS if name in self.options.arms]
+        controls = [CONTROLS[arm.name] for arm in chosen if self.options.control and arm.name in CONTROLS]
+        for arm in [*chosen, *controls]:
+            self.phase(arm.recipe, name=arm.name, more=arm.more(self))
+        problems = embedded.rows(CARD, self.options.split)
+        log.say(f"scoring {len(problems)} held-out problems ({self.options.split})")
+        starts = {"pretrain": None, "sft": "pretrain"} | {
+            arm.name: arm.start for arm in [*chosen, *controls] if arm.start
+        }
+        scores = {
+            name: score(
+                self.home / name, problems, start=self.home / start if start else None,
+                processes=self.options.ranks, seed=self.seed,
+            )
+            for name, start in starts.items()
+        }  # fmt: skip
+        (self.home / "scores.json").write_text(json.dumps({name: one.as_dict() for name, one in scores.items()}))
+        return scores
+
+    def phase(self, recipe: str, *, name: str = "", more: Sequence[str] = ()) -> None:
+        """Run one recipe on its ranks, as a user would: `align-kit launch <recipe> …`."""
+        output = self.home / (name or recipe)
+        words = [recipe, "--seed", str(self.seed), "--output_dir", str(output), *more]
+        words += ["--overwrite"] if output.exists() else []
+        words += ["--max_steps", str(scaled_steps(recipe, self.options.scale))] if self.options.scale < 1 else []
+        command = [sys.executable, "-m", "align_kit", "launch", "--nproc_per_node", str(self.options.ranks), *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL)
+        if done.returncode == EXIT_CODE:
+            raise SystemExit(EXIT_CODE)  # the run has said why
+        if done.returncode:
+            raise UserError(f"the {recipe} phase ended with exit code {done.returncode}; its output is above")
+
+    @cached_property
+    def drawn(self) -> list[Drawn]:
+        """Answers of the SFT model to training problems."""
+        return self._answers("train", PROBLEMS, 1000 + self.seed)
+
+    @cached_property
+    def held_out(self) -> list[Drawn]:
+        """Answers of the SFT model to problems whose numbers no training problem has."""
+        return self._answers(self.options.split, PROBLEMS, 2000 + self.seed)
+
+    def _answers(self, split: str, count: int, seed: int) -> list[Drawn]:
+        return samples.draw(self.home / "sft", sums.prompts(split, count, seed=seed), self.options.ranks, self.seed)
+
+    @cached_property
+    def pairs(self) -> Path:
+        """One pair of each problem, where the answers allow one."""
+        return samples.pairs(self.drawn, self.home / "pairs.jsonl")
+
+    @cached_property
+    def labels(self) -> Path:
+        """Every different answer, marked good or bad."""
+        return samples.labels(self.drawn, self.home / "labels.jsonl")
 
 
-def phase(recipe: str, home: Path, seed: int, options: Options, *, data: Path | None = None, name: str = "") -> None:
-    """Run one recipe on its ranks, as a user would: `align-kit launch <recipe> …`."""
-    output = home / (name or recipe)
-    words = [recipe, "--seed", str(seed), "--output_dir", str(output)]
-    words += ["--overwrite"] if output.exists() else []
-    words += ["--max_steps", str(scaled_steps(recipe, options.scale))] if options.scale < 1 else []
-    words += ["--datasets", json.dumps([{"path": str(data)}])] if data else []
-    command = [sys.executable, "-m", "align_kit", "launch", "--nproc_per_node", str(options.ranks), *words]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL)
-    if done.returncode == EXIT_CODE:
-        raise SystemExit(EXIT_CODE)  # the run has said why
-    if done.returncode:
-        raise UserError(f"the {recipe} phase ended with exit code {done.returncode}; its output is above")
+def data(place: Path, option: str = "datasets") -> list[str]:
+    """Return the words that name a file as the data of a run."""
+    return [f"--{option}", json.dumps([{"path": str(place)}])]
+
+
+# --- the arms ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way on from a start: its name and folder, its recipe, the words that recipe is given."""
+
+    name: str
+    recipe: str
+    start: str  # the model it starts from; none where what comes out does not answer problems
+    more: Callable[[Seed], list[str]]
+
+
+def _reward_data(run: Seed) -> list[str]:
+    train = samples.pairs(run.drawn, run.home / "reward_pairs.jsonl", limit=PAIRS)
+    test = samples.pairs(run.held_out, run.home / "reward_pairs_held_out.jsonl", limit=PAIRS)
+    return data(train) + data(test, "eval_datasets")
+
+
+def _arms(*arms: Arm) -> dict[str, Arm]:
+    return {arm.name: arm for arm in arms}
+
+
+ARMS = _arms(
+    Arm("reward", "reward", "", _reward_data),
+    Arm("dpo", "dpo", "sft", lambda run: data(run.pairs)),
+    Arm("orpo", "orpo", "pretrain", lambda run: []),
+    Arm("kto", "kto", "sft", lambda run: data(run.labels)),
+    Arm("ppo", "ppo", "sft", lambda run: ["--reward_funcs", "checker"]),
+    # judged by the trained reward model, as `make ppo` is
+    Arm("ppo_model", "ppo", "sft", lambda run: ["--reward_model_name_or_path", str(run.home / "reward")]),
+)
+# What an arm learns from, its meaning shuffled away: an arm that gains so gains by something else.
+CONTROLS = {
+    "dpo": Arm("dpo_control", "dpo", "sft", lambda run: data(samples.shuffled_pairs(run.pairs, run.seed))),
+    "kto": Arm("kto_control", "kto", "sft", lambda run: data(samples.shuffled_labels(run.labels, run.seed))),
+    "ppo": Arm("ppo_control", "ppo", "sft", lambda run: ["--reward_funcs", "align_kit.demo.control:shuffled_reward"]),
+}
 
 
 def scaled_steps(recipe: str, scale: float) -> int:
@@ -112,38 +200,3 @@ def scaled_steps(recipe: str, scale: float) -> int:
 
     steps = yaml.safe_load((folder("recipes") / f"{recipe}.yaml").read_text())["max_steps"]
     return max(1, round(steps * scale))
-
-
-def draw_pairs(home: Path, seed: int, processes: int) -> Path:
-    """Sample answers to training problems from the SFT model, rank them by the checker, store the pairs."""
-    began = time.monotonic()
-    problems = sums.prompts("train", PROMPTS, seed=1000 + seed)
-    prompts = [row["prompt"] for row in problems]
-    drawn = spread(home / "sft", prompts, processes, samples=DRAWS, temperature=1.0, seed=seed)
-    check = cards.checker(cards.load_card(CARD))
-    place, count = home / "pairs.jsonl", 0
-    with place.open("w") as stream:
-        for row, texts in zip(problems, drawn.completions, strict=True):
-            verdicts = [check(row["prompt"], text, row["answer"]) for text in texts]
-            for pair in rank_pairs(texts, verdicts):
-                line = {"prompt": row["prompt"], "chosen": pair.chosen, "rejected": pair.rejected}
-                print(json.dumps(line), file=stream)
-                count += 1
-    if not count:
-        raise UserError("the SFT model gave no answer that the checker prefers to another: no pairs to train on")
-    seconds = time.monotonic() - began
-    log.say(f"pairs: {count} from {PROMPTS} training problems x {DRAWS} samples of the SFT model, {seconds:.0f} s")
-    return place
-
-
-def shuffled(pairs: Path, seed: int) -> Path:
-    """Store the same pairs with chosen and rejected swapped at random: the control arm's data."""
-    generator = random.Random(f"control {seed}")
-    place = pairs.with_name("pairs_shuffled.jsonl")
-    with place.open("w") as stream:
-        for line in pairs.read_text().splitlines():
-            row = json.loads(line)
-            if generator.random() < 0.5:
-                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-            print(json.dumps(row), file=stream)
-    return place

@@ -22,7 +22,8 @@ class Score:
     """What the checker found, problem by problem; shares are of greedy completions unless they say sampled.
 
     `perplexity` is of the worked, right answers. `greedy` and `sampled` are the share of exact answers for each
-    problem, `distinct` the share of sampled completions of a problem that differ from each other.
+    problem, `distinct` the share of sampled completions of a problem that differ from each other, `kl` the divergence
+    (nats per completion) from the model it started from to it, estimated on its own sampled completions.
     """
 
     perplexity: float
@@ -32,13 +33,19 @@ class Score:
     form: float
     distinct: float
     shown: list[str]
+    kl: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def score(folder: Path, problems: Sequence[dict[str, str]], *, processes: int, seed: int = 0) -> Score:
-    """Return the score of the model in `folder` on `problems` (prompt, answer): greedy and sampled."""
+def score(
+    folder: Path, problems: Sequence[dict[str, str]], *, start: Path | None = None, processes: int, seed: int = 0
+) -> Score:
+    """Return the score of the model in `folder` on `problems` (prompt, answer): greedy and sampled.
+
+    `start` is the model it started from; None for one that was trained from random weights.
+    """
     prompts, answers = [row["prompt"] for row in problems], [row["answer"] for row in problems]
     best = spread(folder, prompts, processes, samples=1, temperature=0.0, seed=seed, references=answers)
     drawn = spread(folder, prompts, processes, samples=SAMPLES, temperature=1.0, seed=seed)
@@ -56,7 +63,19 @@ def score(folder: Path, problems: Sequence[dict[str, str]], *, processes: int, s
         form=fmean(verdict.format_ok for verdict in verdicts),
         distinct=fmean(distinct(texts) for texts in drawn.completions),
         shown=[texts[0].strip() for texts in best.completions[:3]],
+        kl=0.0 if start is None else divergence(folder, start, prompts, drawn.completions, processes),
     )
+
+
+def divergence(
+    model: Path, start: Path, prompts: Sequence[str], completions: Sequence[Sequence[str]], processes: int
+) -> float:
+    """Return the mean of log p - log p_start (nats per completion) over `completions`, which `model` wrote."""
+    asked = [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts]
+    texts = [text for some in completions for text in some]
+    only = {"samples": 0, "temperature": 0.0, "seed": 0, "references": texts}
+    surprise, at_start = (spread(one, asked, processes, **only).nll for one in (model, start))
+    return (at_start - surprise) / len(texts)
 
 
 @dataclass(frozen=True)

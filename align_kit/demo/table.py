@@ -1,28 +1,46 @@
-"""The tables of the demo: scores by phase, gains with intervals, answers side by side, where the files are."""
+"""The tables of the demo: scores by phase, gains with intervals, the reward model, answers, where the files are."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from align_kit.demo.score import CARD, Score, gain
 from align_kit.telemetry.clock import clock
 
-TITLES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO", "control": "DPO, shuffled pairs"}
-COLUMNS = ("model", "perplexity", "exact, greedy", "exact, sampled", "shows work", "format", "distinct")
+TITLES = {
+    "pretrain": "base",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "orpo": "ORPO, from base",
+    "kto": "KTO",
+    "ppo": "PPO",
+    "ppo_model": "PPO, reward model",
+    "dpo_control": "DPO, shuffled pairs",
+    "kto_control": "KTO, shuffled labels",
+    "ppo_control": "PPO, shuffled rewards",
+}
+COLUMNS = (
+    "model", "tokens", "perplexity", "exact, greedy", "exact, sampled", "shows work", "format", "distinct", "KL",
+)  # fmt: skip
+Results = Mapping[int, Mapping[str, Score]]
 
 
-def report(results: Mapping[int, Mapping[str, Score]], output: Path, seconds: float, split: str) -> str:
+def report(results: Results, output: Path, seconds: float, split: str) -> str:
     """Return the whole report as Markdown that also reads well in a terminal."""
     first = next(iter(results.values()))
     problems = len(first["sft"].greedy)
     over = f"seed {next(iter(results))}" if len(results) == 1 else f"mean over seeds {', '.join(map(str, results))}"
     parts = [
-        f"{problems} held-out problems ({split}), {over}:",
-        scores(list(results.values())),
+        f"{problems} held-out problems ({split}), {over}; tokens are those a phase computed, KL is to the phase's "
+        "start, in nats per sampled answer:",
+        scores(results, output),
         "Gain in exact answers, percentage points with 95 % intervals over the same problems:",
         gains(results),
+        *reward_models(results, output),
         "The same problems, answered by each:",
         answers(first, split),
         f"{clock(seconds)} in all; models, pairs, manifests and metrics: {output}/seed*/",
@@ -30,12 +48,17 @@ def report(results: Mapping[int, Mapping[str, Score]], output: Path, seconds: fl
     return "\n\n".join(parts)
 
 
-def scores(results: Sequence[Mapping[str, Score]]) -> str:
+def scores(results: Results, output: Path) -> str:
     """Return a row for each model, averaged over seeds."""
-    return grid(COLUMNS, [_score_row(arm, [one[arm] for one in results]) for arm in results[0]])
+    arms = next(iter(results.values()))
+    rows = []
+    for arm in arms:
+        tokens = fmean(trained_tokens(output / f"seed{seed}" / arm) for seed in results)
+        rows.append(_score_row(arm, tokens, [one[arm] for one in results.values()]))
+    return grid(COLUMNS, rows)
 
 
-def _score_row(arm: str, found: Sequence[Score]) -> list[str]:
+def _score_row(arm: str, tokens: float, found: Sequence[Score]) -> list[str]:
     shares = (
         [fmean(one.greedy) for one in found],
         [fmean(one.sampled) for one in found],
@@ -43,19 +66,53 @@ def _score_row(arm: str, found: Sequence[Score]) -> list[str]:
         [one.form for one in found],
         [one.distinct for one in found],
     )
-    return [TITLES[arm], f"{fmean(one.perplexity for one in found):.2f}", *(f"{100 * fmean(s):.1f} %" for s in shares)]
+    divergence = fmean(one.kl for one in found)
+    return [
+        TITLES[arm],
+        f"{tokens / 1e6:.2f} M",
+        f"{fmean(one.perplexity for one in found):.2f}",
+        *(f"{100 * fmean(share):.1f} %" for share in shares),
+        f"{divergence:.2f}" if arm != "pretrain" else "",
+    ]
 
 
-def gains(results: Mapping[int, Mapping[str, Score]]) -> str:
-    """Return a row for each seed and comparison."""
+def trained_tokens(folder: Path) -> float:
+    """Return the tokens a run computed in training, by its metrics."""
+    return sum(line.get("tokens", 0.0) for line in metrics(folder))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def gains(results: Results) -> str:
+    """Return a row for each seed and comparison: SFT over the base model, every other arm over SFT."""
     rows = []
     for seed, found in results.items():
-        for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("sft", "control")):
-            if after in found:
+        for after in found:
+            before = "pretrain" if after == "sft" else "sft"
+            if after != "pretrain":
                 pair = (found[before], found[after])
                 greedy, sampled = gain(pair[0].greedy, pair[1].greedy), gain(pair[0].sampled, pair[1].sampled)
                 rows.append([str(seed), f"{TITLES[before]} -> {TITLES[after]}", str(greedy), str(sampled)])
     return grid(("seed", "step", "greedy", "sampled"), rows)
+
+
+REWARD_COLUMNS = ("seed", "pair accuracy", "margin", "calibration error", "Brier score")
+REWARD_METRICS = ("eval_accuracy", "eval_margin", "eval_calibration_error", "eval_brier_score")
+
+
+def reward_models(results: Results, output: Path) -> list[str]:
+    """Return a title and a row for each seed's reward model on held-out pairs; nothing where there is none."""
+    rows = []
+    for seed in results:
+        folder = output / f"seed{seed}" / "reward"
+        lines = [line for line in metrics(folder) if REWARD_METRICS[0] in line] if folder.is_dir() else []
+        if lines:
+            rows.append([str(seed), *(f"{lines[-1][name]:.3f}" for name in REWARD_METRICS)])
+    title = "The reward model on held-out pairs of the SFT model's answers:"
+    return [title, grid(REWARD_COLUMNS, rows)] if rows else []
 
 
 def answers(found: Mapping[str, Score], split: str) -> str:

@@ -57,9 +57,10 @@ class Progress(TrainerCallback):
             log.say(f"  {self._line(state, logs)}")
 
     def _evaluated(self, logs: dict[str, float], state: Any) -> None:
-        if "eval_loss" in logs and state.is_world_process_zero:
+        shown = next((name for name in ("eval_loss", "eval_reward") if name in logs), None)
+        if shown is not None and state.is_world_process_zero:
             self.latest = {**self.latest, **logs}
-            text = f"  step {state.global_step}: eval loss {logs['eval_loss']:.4f}"
+            text = f"  step {state.global_step}: {shown.replace('_', ' ')} {logs[shown]:.4f}"
             self.bar.write(text) if self.bar is not None else log.say(text)
 
     def _due(self, state: Any) -> bool:

@@ -8,8 +8,10 @@ global batch is cut.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +19,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from align_kit.errors import UserError
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
+from align_kit.models.lora import TRAINED
+
+EXTRA_STATE = "align_kit_state.json"
 
 
 @dataclass
@@ -28,6 +34,22 @@ class BatchLoss:
     total: Tensor
     items: Tensor | float
     tallies: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What options may follow from, before any model but the policy is loaded.
+
+    `rows` are the tokenised training rows; `given(name)` tells whether the user set an option; `checker` is the
+    dotted path of the checker that a card of the data names; `finished(phase)` is the folder of that phase's newest
+    finished run beside this one.
+    """
+
+    rows: Any
+    policy: Any
+    given: Callable[[str], bool]
+    checker: str | None
+    finished: Callable[[str], Path | None]
 
 
 class Tallies:
@@ -84,6 +106,19 @@ class PhaseTrainer(Trainer):
 
     # --- what a method fills in ---
 
+    @classmethod
+    def complete(cls, rows: Any, args: Any) -> Any:
+        """Return the tokenised rows with what else the method reads of them; on all ranks, before any model."""
+        return rows
+
+    @classmethod
+    def derive(cls, args: Any, known: Known) -> dict[str, tuple[Any, str]]:
+        """Return the options that follow from the data or the machine: name -> (value, why); called by all ranks.
+
+        What comes back is set in `args`, printed, recorded in the manifest, and taken from there when the run goes on.
+        """
+        return {}
+
     @staticmethod
     def collator(tokenizer: Any, args: Any) -> Callable[[Any], dict[str, Tensor]]:
         """Return what makes a batch of tokenised rows."""
@@ -100,10 +135,37 @@ class PhaseTrainer(Trainer):
         """Return what the step is normalised by; the first is the number of items (trained tokens, or pairs)."""
         raise NotImplementedError
 
+    def step_sums(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return what `batch_loss` is told as `step`, for this rank's micro-batches of one step: `counts`, added up.
+
+        A method whose loss reads more of the whole step (KTO's baseline) appends it; the trainer adds up the ranks.
+        """
+        return torch.tensor([self.counts(batch) for batch in batches], dtype=torch.float32).sum(0)
+
+    def evaluation_sums(self, batches: Iterable[Mapping[str, Any]]) -> Tensor | None:
+        """Return what `batch_loss` is told as `step` in an evaluation over `batches`, None where it reads nothing."""
+        return None
+
+    def finish_metrics(self, metrics: dict[str, float]) -> None:
+        """Change the metrics of a training line or an evaluation in place, once all sums are known."""
+
+    def closing_lines(self) -> list[str]:
+        """Return what the method has to say at the end of a run, a line each."""
+        return []
+
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Check what must hold before any update; called once with the first micro-batch, on all ranks."""
 
     # --- training ---
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Bring a batch to the device in the precision it has: its numbers are log-probabilities and advantages.
+
+        transformers would round them to what the model computes in.
+        """
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if not self.gates_passed:
@@ -121,7 +183,7 @@ class PhaseTrainer(Trainer):
         outcome = self.batch_loss(model, inputs, num_items_in_batch)
         self.tallies.add(outcome.tallies)
         # The engine averages gradients over ranks; times world size makes that the sum the normaliser expects.
-        loss = outcome.total * (self.accelerator.num_processes / num_items_in_batch[0])
+        loss = outcome.total * (self.accelerator.num_processes / num_items_in_batch[0].clamp(min=1))
         return (loss, None) if return_outputs else loss
 
     def get_batch_samples(
@@ -135,8 +197,8 @@ class PhaseTrainer(Trainer):
             size = self.args.per_device_train_batch_size
             batches.append(self._marked(batch, self._batches_drawn, size, len(self.train_dataset)))
             self._batches_drawn += 1
-        mine = torch.tensor([self.counts(batch) for batch in batches], dtype=torch.float32, device=device).sum(0)
-        return batches, self.accelerator.reduce(mine, "sum").clamp(min=1)
+        mine = self.step_sums(batches).to(device)
+        return batches, self.accelerator.reduce(mine, "sum")
 
     def _batches_skipped(self) -> int:
         """Return how many of this rank's batches of the epoch were trained on before: none, unless a run goes on."""
@@ -160,13 +222,77 @@ class PhaseTrainer(Trainer):
             share = self.accelerator.num_processes  # a mean over ranks times their number is their sum
             self.tallies.add({"tokens": (self.tokens_computed * share, 1)})
             self.tokens_computed = 0.0
-            logs.update(self.tallies.drain(self.accelerator))
+            found = self.tallies.drain(self.accelerator)
+            self.finish_metrics(found)
+            logs.update(found)
         super().log(logs, start_time)
+
+    @property
+    def stored_model(self) -> Any:
+        """The part of the model that a finished run leaves behind."""
+        return self.model
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained, not the weights themselves."""
+        return hasattr(self.stored_model, "peft_config")
+
+    def stored_names(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return of what `named` names in the trained module the stored model's part, by the names it has there."""
+        place = next(name for name, module in self.model.named_modules() if module is self.stored_model)
+        prefix = f"{place}." if place else ""
+        mine = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+        return {name: value for name, value in mine.items() if not self.is_lora or f".{TRAINED}." in name}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Let transformers store the part that is left behind; the engine's own files hold the rest."""
+        trained, names = self.model, None if state_dict is None else self.stored_names(state_dict)
+        self.model = self.stored_model
+        try:
+            super()._save(output_dir, names)
+        finally:
+            self.model = trained
+
+    # --- what a checkpoint holds beside transformers' own ---
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a resumed run must know beside weights, optimizer and step: plain JSON, the same on all ranks."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for frozen in self.frozen.values():
+            frozen.save(self._checkpoint_folder())  # first: a checkpoint counts as one when transformers has written it
+        if (state := self.extra_state()) and self.args.should_save:
+            self._checkpoint_folder().mkdir(parents=True, exist_ok=True)
+            (self._checkpoint_folder() / EXTRA_STATE).write_text(json.dumps(state))
+        super()._save_checkpoint(model, trial)
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _load_callback_state(self) -> None:
+        """Read our own state where transformers reads its callbacks': once, when a run goes on."""
+        super()._load_callback_state()
+        if not self.extra_state():
+            return
+        place = self._checkpoint_folder() / EXTRA_STATE
+        try:
+            self.load_extra_state(json.loads(place.read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{place} cannot be read ({error}); go on from an older checkpoint with --resume") from None
 
     def check_frozen(self, when: str) -> None:
         """Compare every frozen model with its first fingerprint; see `Frozen.check`."""
         for frozen in self.frozen.values():
             frozen.check(self.accelerator.unwrap_model(self.model_wrapped), when)
+
+    def move_frozen(self, step: int) -> None:
+        """Let the frozen models that move follow the policy, now that `step` optimizer steps are done."""
+        for frozen in self.frozen.values():
+            frozen.after_step(self.accelerator.unwrap_model(self.model_wrapped), step)
 
     # --- evaluation ---
 
@@ -183,11 +309,19 @@ class PhaseTrainer(Trainer):
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            for index, batch in enumerate(dataloader):
-                batch = self._marked(batch, index, self.args.per_device_eval_batch_size, len(dataloader.dataset))
-                outcome = self.batch_loss(model, self._prepare_inputs(batch), None)
+            step = self.evaluation_sums(self._evaluation_batches(dataloader))
+            for batch in self._evaluation_batches(dataloader):
+                outcome = self.batch_loss(model, batch, step)
                 tallies.add({"loss": (outcome.total, outcome.items), **outcome.tallies})
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in tallies.drain(self.accelerator).items()}
+        found = tallies.drain(self.accelerator)
+        self.finish_metrics(found)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         nothing = cast(Any, None)  # predictions stay where they were made
         return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _evaluation_batches(self, dataloader: Any) -> Iterator[dict[str, Any]]:
+        """Yield this rank's batches of an evaluation on its device, repeats marked."""
+        for index, batch in enumerate(dataloader):
+            marked = self._marked(batch, index, self.args.per_device_eval_batch_size, len(dataloader.dataset))
+            yield cast("dict[str, Any]", self._prepare_inputs(marked))

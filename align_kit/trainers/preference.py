@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align_kit.data.collate import PreferenceCollator
-from align_kit.errors import UserError
 from align_kit.forward.logprobs import TokenLogps, token_logps
-from align_kit.losses import Pairs, check_dpo_options, dpo_loss, preference_metrics
+from align_kit.losses import (
+    Pairs,
+    check_dpo_options,
+    dpo_loss,
+    orpo_loss,
+    orpo_metrics,
+    preference_metrics,
+)
 from align_kit.trainers.base import BatchLoss, PhaseTrainer
 from align_kit.trainers.language import accuracy
-
-# What rounding may make of a log-ratio that is 0 on paper: an absolute part and a share of the log-probability.
-IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (0.1, 1e-2), torch.float16: (0.05, 2e-3)}
+from align_kit.trainers.reference import check_identity
 
 
-class DPO(PhaseTrainer):
-    """Direct preference optimisation (Rafailov 2023) and its relatives: every `loss_type` of TRL's DPO trainer.
+class Paired(PhaseTrainer):
+    """What trainers on pairs share. A batch holds 2B rows: the chosen sides of its B pairs, then the rejected ones."""
 
-    A batch holds 2B rows: the chosen sides of its B pairs, then the rejected ones.
-    """
-
-    headline = ("loss", "rewards/accuracies", "rewards/margins", "eval_loss")
+    headline: tuple[str, ...] = ("loss", "rewards/accuracies", "rewards/margins", "eval_loss")
 
     @staticmethod
     def collator(tokenizer: Any, args: Any) -> PreferenceCollator:
-        return PreferenceCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        return PreferenceCollator(tokenizer.pad_token_id, getattr(args, "pad_to_multiple_of", None))
+
+    def counts(self, batch: Mapping[str, Any]) -> list[int]:
+        """Return the pairs of a batch, and their chosen tokens (what a likelihood term is a mean over)."""
+        return [batch["keep"], int(batch["loss_mask"][: batch["keep"], 1:].sum())]
+
+    def evaluation_sums(self, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+        """Return the `counts` of the whole evaluation set, over all ranks."""
+        counts = torch.tensor([self.counts(batch) for batch in batches], dtype=torch.float32).sum(0)
+        return self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+
+
+class DPO(Paired):
+    """Direct preference optimisation (Rafailov 2023) and its relatives: every `loss_type` of TRL's DPO trainer."""
 
     def prepare(self) -> None:
         args = self.args
@@ -54,8 +68,7 @@ class DPO(PhaseTrainer):
         if keep == 0:  # a batch of repeats: it ran for the other ranks' sake
             return BatchLoss(policy.logps_BT.sum() * 0, 0, dict.fromkeys(self._metric_names, (0.0, 0.0)))
         both = _pairs(policy, reference, pairs, keep)
-        per_pair = step[1] / step[0] if step is not None else None
-        output = dpo_loss(both, tokens_per_pair=per_pair, **self.options)
+        output = dpo_loss(both, tokens_per_pair=_tokens_per_pair(step), **self.options)
         metrics = {**preference_metrics(output), **accuracy(policy.rows(0, keep))}
         return BatchLoss(output.loss_B.sum(), keep, metrics)
 
@@ -69,31 +82,38 @@ class DPO(PhaseTrainer):
         "mean_token_accuracy",
     )
 
-    def counts(self, batch: Mapping[str, Any]) -> list[int]:
-        """Return the pairs of a batch, and their chosen tokens (what the `sft` term is a mean over)."""
-        return [batch["keep"], int(batch["loss_mask"][: batch["keep"], 1:].sum())]
-
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Step-0 identity: without dropout the policy's log-ratio to its reference is 0 before any update."""
-        if self.frozen["reference"].identity.differs:
-            return
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            policy = token_logps(model, batch).logps_BT.sum(1)
-        reference = self.frozen["reference"].token_logps(model, batch).logps_BT.sum(1)
-        model.train(was_training)
-        absolute, share = IDENTITY_TOLERANCE[next(self.model.parameters()).dtype]
-        excess = (policy - reference).abs() - absolute - share * reference.abs()
-        worst = torch.stack([excess.max(), (policy - reference).abs().max()]).to(torch.float32)
-        worst = self.accelerator.gather(worst[None]).amax(0)
-        if not worst[0] <= 0:
-            who = self.frozen["reference"].identity
-            raise UserError(
-                f"step-0 identity failed: before any update the policy's log-ratio to its reference is up to "
-                f"{worst[1]:.4g}, not 0; the reference ({who.name}, digest {who.digest[:12]}) is not what the policy "
-                "starts from; set reference_differs: true if that is meant"
-            )
+        check_identity(self, model, batch)
+
+
+class ORPO(Paired):
+    """Odds-ratio preference optimisation (Hong 2024): likelihood of the chosen side and odds over the rejected one.
+
+    The loss of a step is the mean negative log-likelihood over its chosen tokens plus beta times the mean odds term
+    over its pairs. There is no reference.
+    """
+
+    headline = ("loss", "nll_loss", "rewards/accuracies", "log_odds_chosen", "eval_loss")
+
+    def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
+        pairs, keep = len(batch["input_ids"]) // 2, batch["keep"]
+        policy = token_logps(model, batch)
+        chosen, rejected = policy.rows(0, keep), policy.rows(pairs, pairs + keep)
+        output = orpo_loss(
+            chosen.logps_BT,
+            chosen.mask_BT,
+            rejected.logps_BT,
+            rejected.mask_BT,
+            beta=self.args.beta,
+            tokens_per_pair=_tokens_per_pair(step),
+        )
+        return BatchLoss(output.loss_B.sum(), keep, orpo_metrics(output))
+
+
+def _tokens_per_pair(step: Tensor | None) -> Tensor:
+    """Return the chosen tokens of the whole step (or evaluation) over its pairs."""
+    assert step is not None, "the trainer tells the counts of the whole step, and of the whole evaluation"
+    return step[1].clamp(min=1) / step[0].clamp(min=1)
 
 
 def _pairs(policy: TokenLogps, reference: TokenLogps, pairs: int, keep: int) -> Pairs:

@@ -45,7 +45,7 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
         shutil.rmtree(staging, ignore_errors=True)
         try:
             _write(trainer, staging, weights)
-            _check_tensors(staging, weights, _expected(trainer))
+            _check_tensors(staging, weights, _expected(trainer), _as_stored(trainer, weights))
             trusted = getattr(trainer.args, "trust_remote_code", False)
             reopened = reopen(staging, next(trainer.model.parameters()).dtype, trust_remote_code=trusted)
             gap = _compare(reopened, probe, live)
@@ -63,15 +63,16 @@ def _gathered(trainer: PhaseTrainer) -> dict[str, Tensor]:
     """Return what is to be stored on rank 0: all weights, or the adapter's alone where LoRA is trained."""
     engine = trainer.model_wrapped
     if not _is_lora(trainer):
-        return dict(trainer.accelerator.get_state_dict(engine) or {})
+        return trainer.stored_names(trainer.accelerator.get_state_dict(engine) or {})
     if engine.zero_optimization_partition_weights():
-        return dict(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {})
+        return trainer.stored_names(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {})
     trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
-    return {name: tensor.cpu() for name, tensor in engine.module.state_dict().items() if name in trained}
+    state = engine.module.state_dict()
+    return trainer.stored_names({name: tensor.cpu() for name, tensor in state.items() if name in trained})
 
 
 def _is_lora(trainer: PhaseTrainer) -> bool:
-    return hasattr(trainer.model, "peft_config")
+    return trainer.is_lora
 
 
 def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
@@ -83,7 +84,7 @@ def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
 
 
 def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> None:
-    model: Any = trainer.model
+    model: Any = trainer.stored_model
     model.config.use_cache = True
     adapters = {"selected_adapters": ["default"]} if _is_lora(trainer) else {}
     # A copy: transformers empties the mapping it is given, and the tensors are compared afterwards.
@@ -94,11 +95,23 @@ def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> N
 def _expected(trainer: PhaseTrainer) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every parameter that must be stored: all, or those LoRA trains."""
     named = trainer.model.named_parameters()
-    wanted = [(name, p) for name, p in named if p.requires_grad or not _is_lora(trainer)]
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in wanted}
+    wanted = {name: p for name, p in named if p.requires_grad or not _is_lora(trainer)}
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainer.stored_names(wanted).items()}
 
 
-def _check_tensors(folder: Path, weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _as_stored(trainer: PhaseTrainer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return gathered weights named and cut as transformers stores them: stacked experts one by one, for instance."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return weights if _is_lora(trainer) else dict(revert_weight_conversion(trainer.stored_model, dict(weights)))
+
+
+def _check_tensors(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    as_stored: Mapping[str, Tensor],
+) -> None:
     """Compare what was gathered with what the model has, and every stored tensor with the gathered one."""
     from safetensors import safe_open
 
@@ -109,7 +122,7 @@ def _check_tensors(folder: Path, weights: Mapping[str, Tensor], expected: Mappin
     empty = [name for name, tensor in stored.items() if tensor.numel() == 0]
     broken = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
     absent = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
-    missing = [name for name, tensor in weights.items() if not _is_stored(tensor, name, stored)]
+    missing = [name for name, tensor in as_stored.items() if not _is_stored(tensor, name, stored)]
     for what, names in (("no tensors at all", [] if stored else ["*"]), ("empty", empty), ("not finite", broken),
                         ("not gathered whole", absent), ("missing or different", missing)):  # fmt: skip
         if names:
@@ -121,7 +134,7 @@ def _check_tensors(folder: Path, weights: Mapping[str, Tensor], expected: Mappin
 
 def _is_stored(tensor: Tensor, name: str, stored: Mapping[str, Tensor]) -> bool:
     """Tell whether `tensor` was stored: under its name (PEFT's without the adapter's), or tied to one that was."""
-    found = stored.get(name, stored.get(name.replace(".default.", ".")))
+    found = stored.get(name, stored.get(name.replace(".modules_to_save.default.", ".").replace(".default.", ".")))
     if found is not None:
         return found.shape == tensor.shape and torch.equal(found.to(tensor.dtype), tensor.cpu())
     return any(other.shape == tensor.shape and torch.equal(other.to(tensor.dtype), tensor) for other in stored.values())
@@ -132,8 +145,10 @@ def _compare(reopened: Any, probe: Mapping[str, Tensor], live: Tensor) -> float:
     dtype = next(reopened.parameters()).dtype
     with torch.no_grad():
         logits = reopened(input_ids=probe["input_ids"], attention_mask=probe["attention_mask"]).logits.float()
-    real = probe["attention_mask"].bool()
-    gap = float((logits[real] - live[real]).abs().max())
+    gaps = (logits - live).abs()
+    if gaps.dim() == 3:  # a language model's B, T, V: what stands on padding means nothing; a score is one for a row
+        gaps = gaps[probe["attention_mask"].bool()]
+    gap = float(gaps.max())
     if not gap <= LOGIT_TOLERANCE[dtype]:
         raise UserError(
             f"the final model did not verify: re-opened, its logits differ by up to {gap:.3g} from the trained "
@@ -144,15 +159,16 @@ def _compare(reopened: Any, probe: Mapping[str, Tensor], live: Tensor) -> float:
 
 def reopen(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """Return the model in `folder` as plain transformers (and PEFT) load it, on the CPU."""
-    from transformers import AutoModelForCausalLM
-
     where = source.resolve(str(folder))
+    labels = {"num_labels": 1} if where.head == "score" else {}
     with load.plain_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(where.weights.folder), dtype=dtype, trust_remote_code=trust_remote_code
+        model: Any = load.auto_class(where.head).from_pretrained(
+            str(where.weights.folder), dtype=dtype, trust_remote_code=trust_remote_code, **labels
         )
         if where.is_adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+            if where.head == "score":  # its base is a language model, which may never have needed padding
+                load.set_padding(model, load.load_tokenizer(where).pad_token_id)
     return model.eval()

@@ -1,0 +1,196 @@
+"""What completions are worth: reward models, Python functions, or a weighted sum of several.
+
+A function has TRL's signature: `f(prompts, completions, completion_ids=…, answer=…, **columns) -> list[float]`, one
+number for each completion. Prompts are as the data has them, strings or messages; completions are strings, or one
+assistant message each where prompts are messages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from align_kit.data.collate import pad_BT
+from align_kit.errors import UserError
+
+CHECKER = "checker:"
+Function = Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Completions as judges see them: tokens for a model, text for a function.
+
+    `batch` holds "input_ids" and "attention_mask" of prompt and completion together (B, T, padded on the right).
+    """
+
+    prompts: Sequence[Any]  # strings or messages
+    completions: Sequence[str]
+    completion_ids: Sequence[Sequence[int]]
+    answers: Sequence[Any]
+    ended: Sequence[bool]
+    batch: Mapping[str, Tensor]
+
+
+class Judge(Protocol):
+    """One reward: its name in the metrics, and what it thinks of completions."""
+
+    name: str
+
+    def __call__(self, policy: nn.Module, judged: Judged) -> Tensor:
+        """Return one number for each completion (B, fp32); every rank calls it together."""
+
+
+class ModelJudge:
+    """A reward model, ours or any Hugging Face sequence classifier with one output."""
+
+    def __init__(self, name: str, held: Any, tokenizer: Any = None) -> None:
+        """Judge with the frozen model `held`; `tokenizer` is the model's own where it is not the policy's."""
+        self.name = name
+        self.held = held
+        self.tokenizer = tokenizer
+
+    def __call__(self, policy: nn.Module, judged: Judged) -> Tensor:
+        batch = judged.batch if self.tokenizer is None else self._retokenised(judged)
+        scores_B: Tensor = self.held.scores(policy, batch).float()
+        _check_finite(f"the reward model {self.name}", scores_B.tolist(), judged)
+        return scores_B
+
+    def _retokenised(self, judged: Judged) -> dict[str, Tensor]:
+        """Return the same texts in the reward model's own tokens."""
+        rows = [self._ids(*one) for one in zip(judged.prompts, judged.completions, judged.ended, strict=True)]
+        device = judged.batch["input_ids"].device
+        attention_BT = pad_BT([[1] * len(row) for row in rows], 0).to(device)
+        return {"input_ids": pad_BT(rows, self.tokenizer.pad_token_id).to(device), "attention_mask": attention_BT}
+
+    def _ids(self, prompt: Any, completion: str, ended: bool) -> list[int]:
+        if not isinstance(prompt, str) and self.tokenizer.chat_template:
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            return list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+        before = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+        ids = list(self.tokenizer(before + completion)["input_ids"])
+        return ids + [self.tokenizer.eos_token_id] * (ended and ids[-1:] != [self.tokenizer.eos_token_id])
+
+
+class FunctionJudge:
+    """A Python function, such as a checker of answers."""
+
+    def __init__(self, name: str, function: Function) -> None:
+        self.name = name
+        self.function = function
+
+    def __call__(self, policy: nn.Module, judged: Judged) -> Tensor:
+        completions: Sequence[Any] = judged.completions
+        if judged.prompts and not isinstance(judged.prompts[0], str):
+            completions = [[{"role": "assistant", "content": text}] for text in judged.completions]
+        shown = {
+            "prompts": judged.prompts,
+            "completions": completions,
+            "completion_ids": judged.completion_ids,
+            "answer": judged.answers,
+        }
+        self._check_call(shown)
+        return torch.tensor(self._checked(self.function(**shown), judged), dtype=torch.float32)
+
+    def _check_call(self, shown: Mapping[str, Any]) -> None:
+        """Tell a function that takes other arguments from one that fails inside, whose author needs the place."""
+        try:
+            inspect.signature(self.function).bind(**shown)
+        except TypeError as error:
+            raise UserError(
+                f"the reward function {self.name} cannot be called ({error}); it is given {', '.join(shown)} by name: "
+                "let it take those it reads, and **kwargs"
+            ) from None
+
+    def _checked(self, given: Any, judged: Judged) -> list[float]:
+        try:
+            scores = [float(score) for score in given]
+        except (TypeError, ValueError):
+            raise UserError(
+                f"the reward function {self.name} gave {given!r:.80}; it must give a list of numbers"
+            ) from None
+        if len(scores) != len(judged.completions):
+            raise UserError(
+                f"the reward function {self.name} gave {len(scores)} numbers for {len(judged.completions)} "
+                "completions; it must give one each"
+            )
+        _check_finite(f"the reward function {self.name}", scores, judged)
+        return scores
+
+
+def _check_finite(who: str, scores: Sequence[float], judged: Judged) -> None:
+    broken = next((row for row, score in enumerate(scores) if not math.isfinite(score)), None)
+    if broken is not None:
+        raise UserError(
+            f"{who} gave {scores[broken]} for {judged.completions[broken]!r:.80}; every reward must be finite"
+        )
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """A weighted sum of judges."""
+
+    judges: Sequence[Judge]
+    weights: Sequence[float]
+
+    def __call__(self, policy: nn.Module, judged: Judged) -> tuple[Tensor, Tensor]:
+        """Return the sum (B) and every judge's own numbers (B, judges)."""
+        each_BJ = torch.stack([judge(policy, judged).to(judged.batch["input_ids"].device) for judge in self.judges], 1)
+        return each_BJ @ torch.tensor(self.weights, dtype=each_BJ.dtype, device=each_BJ.device), each_BJ
+
+    @property
+    def names(self) -> list[str]:
+        """The judges' names in the metrics; those that share one are numbered."""
+        names = [judge.name for judge in self.judges]
+        return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)]
+
+
+def checker_reward(check: Callable[[Any, str, Any], Any]) -> Function:
+    """Return a card's checker as a reward function: 1 for an exact answer, else 0."""
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
+        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+        if None in answer:
+            raise UserError("the checker needs an answer to each prompt; give rows an 'answer' column")
+        before = [one if isinstance(one, str) else "" for one in prompts]
+        return [float(check(p, text, str(a)).exact) for p, text, a in zip(before, texts, answer, strict=True)]
+
+    return reward
+
+
+def judge_of(named: str) -> FunctionJudge:
+    """Return the judge that an entry of `reward_funcs` names: a dotted path, or `checker:` and a checker's."""
+    if named.startswith(CHECKER):
+        return FunctionJudge("checker", checker_reward(function(named.removeprefix(CHECKER))))
+    return FunctionJudge(named.replace(":", ".").rpartition(".")[2], function(named))
+
+
+def function(dotted: str) -> Function:
+    """Return the function that `module:name` or `module.name` names; modules in the working directory are found too."""
+    module, _, name = dotted.replace(":", ".").rpartition(".")
+    if not module:
+        raise UserError(f"reward_funcs: {dotted!r} names no module; give module:function, such as rewards:length")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(
+            f"reward_funcs: {dotted!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
+        ) from None
+    except Exception as error:  # whatever a module does while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"reward_funcs: {dotted!r} cannot be imported ({reason}); mend its module") from None
+    if not callable(found):
+        raise UserError(f"reward_funcs: {module} has no function {name!r}; check the name")
+    return found  # type: ignore[no-any-return]
