@@ -96,6 +96,20 @@ def test_reward_on_real_solutions(lab: Lab, real_data: Path) -> None:
     assert mean(run.logged("accuracy")[-3:]) > 0.8
 
 
+def test_ppo_on_real_problems(lab: Lab, real_data: Path) -> None:
+    """Problems of gsm8k, judged by its card's checker and by a function that a model from nothing can please."""
+    run = train(
+        lab, "ppo", {"path": "card:gsm8k", "split": "train", "max_samples": 64}, real_data, max_length=256,
+        response_length=16, num_ppo_epochs=1, learning_rate=1e-2, per_device_train_batch_size=16,
+        reward_funcs=["checker", "tests.rank_work:odd_tokens"], reward_weights=[1.0, 2.0],
+    )  # fmt: skip
+    odd = run.logged("reward/odd_tokens")
+    assert mean(odd[-3:]) > mean(odd[:3]) + 0.1
+    right = run.logged("reward/checker")
+    assert run.logged("reward") == pytest.approx([a + 2 * b for a, b in zip(right, odd, strict=True)], abs=1e-5)
+    assert run.manifest["derived"]["reward_funcs"][0][0] == "checker:align_kit.data.checkers:check"
+
+
 def test_bare_jsonl_by_path(lab: Lab, real_data: Path) -> None:
     """A file without a card: its shape is recognised from its rows."""
     path = str(real_data / "gsm8k" / "model_solutions_pairs.jsonl")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from align_kit import machine, registry, stages
+from align_kit import machine, registry
 from align_kit.config import load
+from align_kit.stages import engine
 
 HARDWARE = machine.hardware_precision()
 PRECISION = [
@@ -22,4 +23,4 @@ PRECISION = [
 
 @pytest.mark.parametrize(("words", "expected"), PRECISION)
 def test_precision(words: str, expected: str) -> None:
-    assert stages._precision(load(registry.get("sft"), words.split())) == expected
+    assert engine._precision(load(registry.get("sft"), words.split())) == expected

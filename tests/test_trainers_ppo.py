@@ -301,15 +301,16 @@ def test_a_reference_that_is_not_the_start(lab: Lab, tmp_path: Path) -> None:
 
 def test_dropout_that_was_asked_for(lab: Lab, tmp_path: Path) -> None:
     """The ratio to what wrote would not be 1 before any update."""
-    line = mistake(lab, tmp_path / "run", use_peft=True, lora_dropout=0.5, disable_dropout=False,
-                   model_name_or_path=str(ppo(lab, max_steps=3, learning_rate=1e-2, use_peft=True).folder))  # fmt: skip
+    dropping = {"use_peft": True, "lora_dropout": 0.5}
+    stored = ppo(lab, max_steps=3, learning_rate=1e-2, **dropping)
+    line = mistake(lab, tmp_path / "run", model_name_or_path=str(stored.folder), disable_dropout=False, **dropping)
     assert "step-0 identity failed" in line and "disable_dropout: true" in line
 
 
 @pytest.mark.parametrize("option", [
-    "--num_generations 0", "--response_length 0", "--rollout_batch_size 0", "--num_ppo_epochs 0", "--num_mini_batches 0",
-    "--temperature 0", "--cliprange 0", "--cliprange_value -1", "--gamma 1.1", "--lam -0.1", "--kl_coef -1",
-    "--kl_target 0", "--kl_horizon 0", "--early_stop_kl 0", "--vf_coef -1", "--value_learning_rate -1",
+    "--num_generations 0", "--response_length 0", "--rollout_batch_size 0", "--num_ppo_epochs 0",
+    "--num_mini_batches 0", "--temperature 0", "--cliprange 0", "--cliprange_value -1", "--gamma 1.1", "--lam -0.1",
+    "--kl_coef -1", "--kl_target 0", "--kl_horizon 0", "--early_stop_kl 0", "--vf_coef -1", "--value_learning_rate -1",
 ])  # fmt: skip
 def test_numbers_out_of_range(option: str) -> None:
     name = option.split()[0].removeprefix("--")

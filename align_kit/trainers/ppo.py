@@ -382,7 +382,8 @@ class PPO(PhaseTrainer):
 
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Step-0 identity: the ratio to the policy that wrote is 1, and so is that to the reference."""
-        with torch.no_grad():  # in training mode: what dropout would change shows
+        model.train()  # as the update will be, so that what dropout would change shows
+        with torch.no_grad():
             outcome = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             now = read_logps(outcome.logits, batch, temperature=self.args.temperature)
         wrote_B, held = batch["logps"].sum(1), self.frozen["reference"]

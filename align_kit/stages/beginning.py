@@ -1,0 +1,145 @@
+"""Where the policy of a run starts, with which words, and the folder the run lives in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_kit import frozen as frozen_models
+from align_kit import log, machine, run_folder
+from align_kit.config import Config
+from align_kit.errors import UserError
+from align_kit.models import load, source
+from align_kit.models.source import Source
+from align_kit.registry import Recipe
+from align_kit.run_folder import RunFolder
+
+
+@dataclass
+class Start:
+    """The policy's start: its source and digest, and a sentence that says why this one."""
+
+    source: Source
+    digest: str
+    why: str
+    tokenizer: Source
+
+
+def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
+    """Find what the policy starts from: what is named, else the newest finished run of the phase before, else random.
+
+    A resumed run starts from what its manifest names.
+    """
+    model = config.model
+    home.check_same_run(recipe.name, machine.world_size())
+    if home.resume_from is not None and "policy" in home.manifest:
+        recorded = home.manifest["policy"]["name"]
+        if model.model_name_or_path not in (None, recorded):
+            log.warn(f"model_name_or_path {model.model_name_or_path} is not read: the run goes on from {recorded}")
+        return _recorded_start(home.manifest["policy"], config)
+    if model.config_name:
+        where, why = source.resolve(model.config_name, random=True, option="config_name"), "random weights"
+    elif model.model_name_or_path:
+        where = source.resolve(model.model_name_or_path, revision=model.model_revision)
+        why = _why_named(where)
+        owner = run_folder.read_manifest(frozen_models.of_run(where.folder))
+        if recipe.needs and not config.run.reference_model_name_or_path:
+            frozen_models.refuse_checkpoint_of(recipe.name, where, owner)
+    else:
+        where, why = _previous_phase(recipe, config)
+    return _start(where, why, config)
+
+
+def _start(where: Source, why: str, config: Config) -> Start:
+    tokenizer = config.model.tokenizer_name
+    words = source.resolve(tokenizer, random=True, option="tokenizer_name") if tokenizer else where
+    return Start(where, source.digest(where, seed=config.value("seed")), why, words)
+
+
+def _recorded_start(policy: dict[str, Any], config: Config) -> Start:
+    where = source.resolve(policy["name"], random=policy["random"], option="the policy this run started from:")
+    start = _start(where, "the start of the run that goes on", config)
+    if start.digest != policy["digest"]:
+        raise UserError(
+            f"{policy['name']}, which this run started from, has changed since (digest {start.digest[:12]}, was "
+            f"{policy['digest'][:12]}); restore it, or start anew with --overwrite"
+        )
+    return start
+
+
+def _why_named(where: Source) -> str:
+    manifest = run_folder.read_manifest(frozen_models.of_run(where.folder))
+    return f"{manifest['phase']} run" if manifest else "as configured"
+
+
+def _previous_phase(recipe: Recipe, config: Config) -> tuple[Source, str]:
+    output, asked = Path(config.value("output_dir")), config.run.starts_from
+    if asked and Path(asked).is_dir():
+        return source.resolve(asked, option="starts_from"), _why_named(source.resolve(asked))
+    found = run_folder.predecessor(output, (asked,) if asked else recipe.starts_from)
+    if found:
+        return source.resolve(str(found[0])), f"the finished {found[1]} run"
+    if asked:
+        raise UserError(
+            f"starts_from {asked!r}: no finished {asked} run beside {output}; run it first, or name a folder"
+        )
+    log.warn(
+        f"no model_name_or_path and no finished {' or '.join(recipe.starts_from)} run beside {output}: starting the "
+        "embedded model from random weights, which shows that things run, not that they help"
+    )
+    return source.resolve("builtin:tiny", random=True), "random weights"
+
+
+def tokenizer(start: Start, config: Config) -> Any:
+    """Return the tokenizer of the run, with the tokens and the chat template the configuration names."""
+    chosen = load.load_tokenizer(start.tokenizer, trust_remote_code=config.value("trust_remote_code"))
+    names = {"eos_token": config.training.get("eos_token"), "pad_token": config.training.get("pad_token")}
+    for kind, token in names.items():
+        if token is not None:
+            if token not in chosen.get_vocab():
+                raise UserError(
+                    f"{kind} {token!r} is not in the vocabulary of {start.tokenizer.name}; name a token that is"
+                )
+            setattr(chosen, kind, token)
+    if template := config.training.get("chat_template_path"):
+        chosen.chat_template = _chat_template(template)
+    return chosen
+
+
+def _chat_template(place: str) -> str:
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path.read_text()
+    other = load.load_tokenizer(source.resolve(place, random=True, option="chat_template_path"))
+    if not other.chat_template:
+        raise UserError(f"chat_template_path {place!r}: its tokenizer has no chat template; give a .jinja file")
+    return str(other.chat_template)
+
+
+# --- the folder of the run --------------------------------------------------------------------------------------------
+
+
+def open_home(config: Config, args: Any) -> RunFolder:
+    """Open the run's folder under the rule for folders that are not empty; rank 0 first."""
+    with args.main_process_first(local=False, desc="output folder"):
+        return run_folder.open_folder(
+            args.output_dir,
+            resume=config.run.resume,
+            overwrite=config.run.overwrite,
+            first=args.process_index == 0,
+        )
+
+
+def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None:
+    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it."""
+    used: list[tuple[str, str | Path | None]] = [
+        ("model", start.source.folder),
+        ("base model", start.source.weights.folder),
+    ]
+    used += [("tokenizer", start.tokenizer.folder), ("reference", config.run.reference_model_name_or_path)]
+    used += [("data", entry.path) for entry in [*config.data.datasets, *config.data.eval_datasets]]
+    for option, place in used:
+        home.refuse_inside(option, place)
+    if args.process_index == 0:
+        home.clear()

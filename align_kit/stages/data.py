@@ -1,0 +1,47 @@
+"""The data of a run, tokenised."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from align_kit import run_folder
+from align_kit.config import Config
+from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
+from align_kit.data.report import TokeniseOptions
+from align_kit.registry import Recipe
+
+
+def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
+    """Load, render and tokenise the data: the first rank of each machine works, the others open what it stored."""
+    import torch.distributed as dist
+
+    wanted = Wanted(
+        phase=recipe.name,
+        train=[entry.spec() for entry in config.data.datasets],
+        eval=[entry.spec() for entry in config.data.eval_datasets],
+        test_split_size=config.data.test_split_size,
+        evaluate=args.eval_strategy != "no",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        options=_token_options(recipe, config),
+        cache=run_folder.cache_folder(os.environ),
+    )
+    mine = prepare(wanted, words) if args.local_process_index == 0 else None
+    accounts = [mine.accounts() if mine else None]
+    dist.broadcast_object_list(accounts, src=0)
+    prepared = mine or reopen(accounts[0] or {}, wanted.cache)
+    for split in filter(None, (prepared.train, prepared.eval)):
+        split.rows = recipe.trainer_class().complete(split.rows, args)
+    return prepared
+
+
+def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
+    given = {"max_length": config.value("max_length")}
+    if recipe.writes and given["max_length"] is not None:  # what is written needs room behind the prompt
+        given["max_length"] -= config.value(recipe.writes) - 1
+    for name in ("truncation_mode", "completion_only_loss", "assistant_only_loss"):
+        if name in config.training:
+            given[name] = config.training[name]
+    if recipe.head == "score":
+        given["truncation_mode"] = "drop"  # as TRL: a completion without its end is not what was judged
+    return TokeniseOptions(**given, packing=recipe.packed)

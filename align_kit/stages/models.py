@@ -1,0 +1,94 @@
+"""The policy and the frozen models of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align_kit import frozen as frozen_models
+from align_kit import zero
+from align_kit.config import Config
+from align_kit.data.prepare import Prepared
+from align_kit.errors import UserError
+from align_kit.models import load, lora, moe, policy_and_value, source
+from align_kit.registry import Recipe
+from align_kit.run_folder import RunFolder
+from align_kit.stages.beginning import Start
+
+
+def policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) -> Any:
+    """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for.
+
+    What is "auto" in the engine's configuration and follows from the model's size is filled in.
+    """
+    loaded = _policy(recipe, start, words, config, args)
+    if recipe.values:
+        loaded = _with_values(loaded, start, words, config, args)
+    load.check_vocabulary(loaded, words, start.tokenizer.name)
+    zero.set_leaf_modules(loaded, moe.sparse_blocks, args.hf_deepspeed_config.config)
+    zero.fill_sizes(args.hf_deepspeed_config.config, getattr(loaded.config, "hidden_size", None))
+    return loaded
+
+
+def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) -> Any:
+    fields = config.model
+    if fields.use_peft and start.source.weights.random:
+        raise UserError(
+            "use_peft needs a model to adapt, and this run would start from random weights that nobody keeps; give "
+            "model_name_or_path, or run the phase before"
+        )
+    overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
+    ending = {"head": recipe.head, "pad_token_id": words.pad_token_id}
+    loading = {**_loading(config, args), **ending, "overrides": overrides}
+    if not fields.use_peft:
+        return load.load_policy(start.source, **loading)
+    base = load.load_policy(start.source.weights, **loading)
+    if start.source.is_adapter:
+        copy = frozen_models.REFERENCE_ADAPTER if "reference" in recipe.needs else None
+        return lora.load_adapter(base, start.source, head=recipe.head, frozen_copy=copy)
+    return lora.add_lora(base, fields, head=recipe.head)
+
+
+def _with_values(policy: Any, start: Start, words: Any, config: Config, args: Any) -> Any:
+    """Return the policy with its value function: an adapter on one base under LoRA, else a model of its own."""
+    named = args.value_model_name_or_path
+    if config.model.use_peft:
+        if named:
+            raise UserError("value_model_name_or_path and use_peft: the value function is an adapter then; drop one")
+        return policy_and_value.shared(policy, copy_start=start.source.is_adapter)
+    where = source.resolve(named, option="value_model_name_or_path") if named else start.source
+    made = policy_and_value.separate(policy, where, pad_token_id=words.pad_token_id, **_loading(config, args))
+    load.check_vocabulary(made.value, words, start.tokenizer.name)  # it reads the policy's tokens
+    return made
+
+
+def _loading(config: Config, args: Any) -> dict[str, Any]:
+    import torch
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return {
+        "dtype": dtype,
+        "seed": args.seed,
+        "attn_implementation": config.model.attn_implementation,
+        "trust_remote_code": config.value("trust_remote_code"),
+    }
+
+
+def frozen(
+    recipe: Recipe, start: Start, policy: Any, words: Any, rows: Prepared, config: Config, args: Any, home: RunFolder
+) -> dict[str, frozen_models.Frozen]:
+    """Resolve and load the frozen models the recipe needs, each from its own source.
+
+    A `cached` reference lays its log-probabilities beside `rows`.
+    """
+    splits = [rows.train, *([rows.eval] if rows.eval else [])]
+    site = frozen_models.Site(args.hf_deepspeed_config.config, _loading(config, args), policy, words, splits)
+    recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
+    held: dict[str, frozen_models.Frozen] = {}
+    if "reference" in recipe.needs:
+        held["reference"] = frozen_models.reference(
+            config, args, start.source, start.digest, site, recorded, home.resume_from
+        )
+    if "reward" in recipe.needs:
+        base = start.source.weights if config.model.use_peft else None
+        held |= frozen_models.rewards(args, site, recorded, base=base)
+    return held
