@@ -227,11 +227,10 @@ def test_a_model_that_gives_no_number_is_told_on() -> None:
 
 
 def other_tokenizer() -> Any:
-    """Return words of another kind: more of them, another end, padding that is the end."""
+    """Return words of another kind: more of them, and another end."""
     words = make_tokenizer()
     words.add_tokens([" basil", "amber"])
     words.eos_token = "<|im_end|>"
-    words.pad_token = "<|im_end|>"
     return words
 
 

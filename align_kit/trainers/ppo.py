@@ -421,7 +421,9 @@ class PPO(PhaseTrainer):
         share = -(-len(dataset) // args.world_size)
         mine = range(share * args.process_index, share * (args.process_index + 1))
         places = [min(place, len(dataset) - 1) for place in mine]  # repeats, so that every rank has as many
+        spent = dict(self.seconds)
         rows, _ = self._assess([dataset[place] for place in places], places, EVALUATION)
+        self.seconds = spent  # an evaluation is no part of an iteration
         kept = torch.tensor([place < len(dataset) for place in mine], device=rows["scores"].device)
         kl_N = ((rows["logps"] - rows["reference_logps"]) * rows["loss_mask"][:, 1:]).sum(1)
         columns = {"reward": rows["scores"], "kl": kl_N, "length": rows["loss_mask"].sum(1), "eos_rate": rows["ended"]}

@@ -104,6 +104,8 @@ class LocalWriter:
                     mine.data = live.data.new_empty(0)
 
     def _write(self, prompts: Sequence[Ids], draws: np.ndarray) -> list[Written]:
+        for buffer in self.model.buffers():  # copied where the policy was made; its engine may have moved it since
+            buffer.data = buffer.data.to(next(self.model.parameters()).device)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # like lengths share a batch
         found: list[Written | None] = [None] * len(prompts)
         for start in range(0, len(order), self.sampling.batch_size):
