@@ -46,6 +46,7 @@ RANGES: dict[str, Range] = {
     "response_length": AT_LEAST_ONE,
     "temperature": POSITIVE,
     "rollout_batch_size": AT_LEAST_ONE,
+    "score_batch_size": AT_LEAST_ONE,
     "kl_coef": NOT_NEGATIVE,
     "kl_target": POSITIVE,
     "kl_horizon": AT_LEAST_ONE,

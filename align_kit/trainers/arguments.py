@@ -66,7 +66,10 @@ class PPOConfig(PhaseArguments):
         "where completions are written: the policy gathered once an iteration, or an unsharded copy kept beside it",
         choices=("auto", "gathered", "copied"),
     )
-    rollout_batch_size: int = option(64, "completions a rank writes or scores at a time")
+    rollout_batch_size: int = option(64, "completions a rank writes at a time")
+    score_batch_size: int | None = option(
+        None, "completions a rank scores at a time; per_device_train_batch_size where none, which fits"
+    )
 
     # what it is worth
     reward_model_name_or_path: list[str] | str | None = option(

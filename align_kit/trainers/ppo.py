@@ -27,17 +27,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit import log
 from align_kit.data.collate import LanguageCollator
-from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import read_logps
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
-from align_kit.models.policy_and_value import evaluating
 from align_kit.trainers import experience
+from align_kit.trainers.assess import Assessor
 from align_kit.trainers.base import BatchLoss, Known, PhaseTrainer, Tallies
 from align_kit.trainers.experience import Columns, Shaping
 from align_kit.trainers.reference import largest_gap
-from align_kit.trainers.rewards import CHECKER, Judge, Judged, ModelJudge, Rewards, judge_of
-from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, Written, copy_bytes, draws_for
+from align_kit.trainers.rewards import reward_source, rewards_of
+from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for
 
 SAMPLES = "samples.jsonl"
 EVALUATION = 1 << 30  # stands for the iteration in the draws of an evaluation, which are the same every time
@@ -46,18 +45,17 @@ EVALUATION = 1 << 30  # stands for the iteration in the draws of an evaluation, 
 class PPO(PhaseTrainer):
     """PPO on a `PolicyAndValue` (Schulman 2017), under plain `transformers.Trainer` and one ZeRO-3 engine.
 
-    `rewards` judges completions; `train_dataset` holds prompts ("prompt_ids", and "prompt", "answer" for functions).
-    The batch of an optimizer step counts completions.
+    `train_dataset` holds prompts ("prompt_ids", and "prompt", "answer" for reward functions). The batch of an
+    optimizer step counts completions.
     """
 
     headline = ("reward", "kl", "value/explained_variance", "eval_reward")
-    rewards: Rewards
 
     # --- set-up ---
 
     @classmethod
     def derive(cls, args: Any, known: Known) -> dict[str, tuple[Any, str]]:
-        return {**_reward_source(args, known), **_rollout_placement(args, known)}
+        return {**reward_source(args, known), **_rollout_placement(args, known)}
 
     @property
     def stored_model(self) -> Any:
@@ -89,32 +87,16 @@ class PPO(PhaseTrainer):
         fixed, target = FixedKL(args.kl_coef), args.kl_target
         self.kl_coef = fixed if target is None else AdaptiveKL(target, args.kl_horizon, args.kl_coef)
         self.moments = RunningMoments()
-        self.rewards = self._rewards()
+        self.assess = Assessor(
+            tokenizer, self.frozen["reference"], rewards_of(self.frozen, args, tokenizer), args.temperature,
+            args.score_batch_size or args.per_device_train_batch_size, args.device,
+        )  # fmt: skip
         self.iteration = 0  # iterations written so far
         self.written = 0  # iterations written by this process, which took these seconds
         self.seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
         self._mid_iteration = False
         self._update_began, self._approximate_kl = 0.0, [0.0, 0.0]
         self.add_callback(_IterationEnd(self))
-
-    def _rewards(self) -> Rewards:
-        """Return the weighted sum of reward models and functions, models first."""
-        tokenizer: Any = self.processing_class
-        args, words = self.args, tokenizer_digest(tokenizer)
-        judges: list[Judge] = []
-        models: Mapping[str, Any] = self.frozen
-        for role, held in models.items():
-            if role.startswith("reward"):
-                same = tokenizer_digest(held.tokenizer) == words
-                judges.append(ModelJudge(role.replace("reward", "model"), held, None if same else held.tokenizer))
-        judges += [judge_of(named) for named in args.reward_funcs or []]
-        weights = [1.0] * len(judges) if args.reward_weights is None else args.reward_weights
-        if len(weights) != len(judges):
-            raise UserError(
-                f"reward_weights has {len(weights)} numbers for {len(judges)} rewards "
-                f"({', '.join(judge.name for judge in judges)}); give one each"
-            )
-        return Rewards(judges, weights)
 
     def _check_sizes(self) -> None:
         completions, each = self.completions_per_iteration, self.args.num_generations
@@ -224,63 +206,9 @@ class PPO(PhaseTrainer):
         written = self.writer.write([row["prompt_ids"] for row in prompts], draws)
         self.seconds["rollout"] += time.monotonic() - began
         began = time.monotonic()
-        with evaluating(self.model_wrapped):
-            parts = [
-                self._score(prompts[at : at + args.rollout_batch_size], written[at : at + args.rollout_batch_size])
-                for at in range(0, len(written), args.rollout_batch_size)
-            ]
+        rows = self.assess(self.model_wrapped, prompts, written)
         self.seconds["score"] += time.monotonic() - began
-        texts = self._texts(written)
-        return experience.stacked(parts), texts
-
-    def _score(self, prompts: Sequence[Mapping[str, Any]], written: Sequence[Written]) -> Columns:
-        """Return the columns of a few completions: what policy, reference, value function and rewards make of them."""
-        batch = self._batch(prompts, written)
-        outcome = self.model_wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], role="both")
-        policy = read_logps(outcome.logits, batch, temperature=self.args.temperature, entropy=True)
-        reference = self.frozen["reference"].token_logps(self.model_wrapped, batch, temperature=self.args.temperature)
-        mask_BT = policy.mask_BT
-        total_B, each_BJ = self.rewards(self.model_wrapped, self._judged(prompts, written, batch))
-        return {
-            **batch,
-            "logps": policy.logps_BT,
-            "entropy": policy.entropy_BT.sum(1),  # type: ignore[union-attr]
-            "reference_logps": reference.logps_BT,
-            "values": outcome.values[:, :-1].masked_fill(~mask_BT, 0.0),
-            "scores": total_B,
-            "each_score": each_BJ,
-            "ended": torch.tensor([one.ended for one in written], device=total_B.device),
-        }
-
-    def _batch(self, prompts: Sequence[Mapping[str, Any]], written: Sequence[Written]) -> Columns:
-        """Return prompt and completion as one row each, padded on the right, with the writer's log-probabilities."""
-        tokenizer: Any = self.processing_class
-        rows = [(row["prompt_ids"], one) for row, one in zip(prompts, written, strict=True)]
-        collated = LanguageCollator(tokenizer.pad_token_id)(
-            [
-                {"input_ids": [*prompt, *one.ids], "loss_mask": [0] * len(prompt) + [1] * len(one.ids)}
-                for prompt, one in rows
-            ]
-        )
-        writer = [[0.0] * (len(prompt) - 1) + one.logps for prompt, one in rows]
-        longest = collated["input_ids"].shape[1] - 1
-        collated["writer_logps"] = torch.tensor([row + [0.0] * (longest - len(row)) for row in writer])
-        return {name: values.to(self.args.device) for name, values in collated.items()}
-
-    def _judged(self, prompts: Sequence[Mapping[str, Any]], written: Sequence[Written], batch: Columns) -> Judged:
-        tokenizer: Any = self.processing_class
-        return Judged(
-            prompts=[_prompt_of(row, tokenizer) for row in prompts],
-            completions=self._texts(written),
-            completion_ids=[one.ids for one in written],
-            answers=[row.get("answer") for row in prompts],
-            ended=[one.ended for one in written],
-            batch=batch,
-        )
-
-    def _texts(self, written: Sequence[Written]) -> list[str]:
-        tokenizer: Any = self.processing_class
-        return list(tokenizer.batch_decode([one.ids for one in written], skip_special_tokens=True))
+        return rows, self.assess.texts(written)
 
     def _final_scores(self, rows: Columns) -> Tensor:
         """Return the scores that enter the advantages: normalised, and charged where a completion does not end."""
@@ -309,10 +237,9 @@ class PPO(PhaseTrainer):
             "rollout/logp_gap": float(gap),
             "iteration": float(self.iteration + 1),
         }
-        if len(self.rewards.judges) > 1:
-            means |= dict(
-                zip(map("reward/{}".format, self.rewards.names), rows["each_score"].mean(0).tolist(), strict=True)
-            )
+        if len(self.assess.rewards.judges) > 1:
+            each = rows["each_score"].mean(0).tolist()
+            means |= {f"reward/{name}": mean for name, mean in zip(self.assess.rewards.names, each, strict=True)}
         self.tallies.add({name: (value, 1) for name, value in means.items()})
 
     def _show(self, rows: Columns, texts: Sequence[str]) -> None:
@@ -476,29 +403,6 @@ class _IterationEnd(TrainerCallback):  # type: ignore[misc]
             self.waiting.clear()
 
 
-def _reward_source(args: Any, known: Known) -> dict[str, tuple[Any, str]]:
-    """Find a reward where none is named: the finished reward run beside this one, else the data's own checker."""
-    if args.reward_funcs and "checker" in args.reward_funcs:
-        return {"reward_funcs": (_with_checker(args.reward_funcs, known), "as configured, by the data's card")}
-    if args.reward_funcs or args.reward_model_name_or_path:
-        return {}
-    if folder := known.finished("reward"):
-        return {"reward_model_name_or_path": ([str(folder)], "the finished reward run")}
-    if known.checker:
-        return {
-            "reward_funcs": (_with_checker(["checker"], known), "no reward is named; the data's card has a checker")
-        }
-    raise UserError(
-        "no reward: give reward_model_name_or_path, or reward_funcs (module:function), or run the reward phase before"
-    )
-
-
-def _with_checker(named: Sequence[str], known: Known) -> list[str]:
-    if known.checker is None:
-        raise UserError("reward_funcs: checker, but no card of the data names one; give module:function instead")
-    return [f"{CHECKER}{known.checker}" if name == "checker" else name for name in named]
-
-
 def _rollout_placement(args: Any, known: Known) -> dict[str, tuple[Any, str]]:
     """Choose where completions are written: both places cost the same time, a copy keeps its memory."""
     if args.rollout_placement != "auto":
@@ -513,8 +417,3 @@ def _ends(policy: Any, tokenizer: Any) -> tuple[int, ...]:
     named = getattr(config, "eos_token_id", None)
     more = named if isinstance(named, list | tuple) else [] if named is None else [named]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
-
-
-def _prompt_of(row: Mapping[str, Any], tokenizer: Any) -> Any:
-    """Return a prompt as the data had it, or what its tokens say."""
-    return row["prompt"] if row.get("prompt") is not None else tokenizer.decode(row["prompt_ids"])

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from align_kit.data.collate import pad_BT
+from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
+from align_kit.trainers.base import Known
 
 CHECKER = "checker:"
 Function = Callable[..., Sequence[float]]
@@ -194,3 +196,47 @@ def function(dotted: str) -> Function:
     if not callable(found):
         raise UserError(f"reward_funcs: {module} has no function {name!r}; check the name")
     return found  # type: ignore[no-any-return]
+
+
+# --- which rewards a run has --------------------------------------------------------------------------------
+
+
+def reward_source(args: Any, known: Known) -> dict[str, tuple[Any, str]]:
+    """Find a reward where none is named: the finished reward run beside this one, else the data's own checker."""
+    if args.reward_funcs and "checker" in args.reward_funcs:
+        return {"reward_funcs": (_with_checker(args.reward_funcs, known), "as configured, by the data's card")}
+    if args.reward_funcs or args.reward_model_name_or_path:
+        return {}
+    if folder := known.finished("reward"):
+        return {"reward_model_name_or_path": ([str(folder)], "the finished reward run")}
+    if known.checker:
+        return {
+            "reward_funcs": (_with_checker(["checker"], known), "no reward is named; the data's card has a checker")
+        }
+    raise UserError(
+        "no reward: give reward_model_name_or_path, or reward_funcs (module:function), or run the reward phase before"
+    )
+
+
+def _with_checker(named: Sequence[str], known: Known) -> list[str]:
+    if known.checker is None:
+        raise UserError("reward_funcs: checker, but no card of the data names one; give module:function instead")
+    return [f"{CHECKER}{known.checker}" if name == "checker" else name for name in named]
+
+
+def rewards_of(frozen: Mapping[str, Any], args: Any, tokenizer: Any) -> Rewards:
+    """Return the weighted sum of the run's reward models and functions, models first."""
+    words = tokenizer_digest(tokenizer)
+    judges: list[Judge] = []
+    for role, held in frozen.items():
+        if role.startswith("reward"):
+            same = tokenizer_digest(held.tokenizer) == words
+            judges.append(ModelJudge(role.replace("reward", "model"), held, None if same else held.tokenizer))
+    judges += [judge_of(named) for named in args.reward_funcs or []]
+    weights = [1.0] * len(judges) if args.reward_weights is None else args.reward_weights
+    if len(weights) != len(judges):
+        raise UserError(
+            f"reward_weights has {len(weights)} numbers for {len(judges)} rewards "
+            f"({', '.join(judge.name for judge in judges)}); give one each"
+        )
+    return Rewards(judges, weights)
