@@ -55,7 +55,9 @@ RANGES: dict[str, Range] = {
     "cliprange": POSITIVE,
     "cliprange_value": POSITIVE,
     "vf_coef": NOT_NEGATIVE,
-    "gamma": Range(0, above=True, most=1),
+    "entropy_coef": NOT_NEGATIVE,
+    "missing_eos_penalty": NOT_NEGATIVE,
+    "gamma": Range(0, most=1),
     "lam": Range(0, most=1),
     "value_learning_rate": NOT_NEGATIVE,
     "early_stop_kl": POSITIVE,
@@ -82,12 +84,6 @@ RANGES: dict[str, Range] = {
     "precompute_ref_batch_size": AT_LEAST_ONE,
     "ref_model_mixup_alpha": UP_TO_ONE,
     "ref_model_sync_steps": AT_LEAST_ONE,
-    **dict.fromkeys(("num_generations", "response_length", "rollout_batch_size", "kl_horizon"), AT_LEAST_ONE),
-    **dict.fromkeys(("num_ppo_epochs", "num_mini_batches"), AT_LEAST_ONE),
-    **dict.fromkeys(("temperature", "cliprange", "cliprange_value", "kl_target", "early_stop_kl"), POSITIVE),
-    **dict.fromkeys(("kl_coef", "vf_coef", "entropy_coef", "missing_eos_penalty"), NOT_NEGATIVE),
-    **dict.fromkeys(("value_learning_rate", "num_sample_completions"), NOT_NEGATIVE),
-    **dict.fromkeys(("gamma", "lam"), Range(0, most=1)),
 }
 ENTRY_RANGES: dict[str, Range] = {"fraction": POSITIVE, "weight": POSITIVE, "max_samples": AT_LEAST_ONE}
 
@@ -198,6 +194,21 @@ def _moving_reference(config: Config) -> Iterator[str]:
         yield "sync_ref_model moves whole weights, and use_peft trains an adapter; drop one"
 
 
+def _online(config: Config) -> Iterator[str]:
+    """What does not fit a phase that writes its own completions."""
+    if config.phase != "ppo":
+        return
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if config.value(name) == "epoch":
+            yield f"{name} ({config.origin[name]}) is epoch, and ppo goes by iterations, not by epochs; use steps"
+    if config.given("kl_horizon") and config.value("kl_target") is None:
+        yield f"kl_horizon ({config.origin['kl_horizon']}) was given, but kl_coef is fixed; add kl_target, or drop it"
+    if config.value("reward_placement") == "shared" and not config.model.use_peft:
+        yield "reward_placement: shared needs the policy's base unchanged; add use_peft: true, or use sharded"
+    if config.value("value_model_name_or_path") and config.model.use_peft:
+        yield "value_model_name_or_path and use_peft were both given: the value function is an adapter then; drop one"
+
+
 def _model_start(config: Config) -> Iterator[str]:
     """Changes to a configuration that is not the start."""
     if config.model.config_overrides and not config.model.config_name:
@@ -263,6 +274,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _references,
     _stored_reference,
     _moving_reference,
+    _online,
     _model_start,
     _loss,
     _precision,

@@ -35,7 +35,7 @@ class DatasetFields:
     format: str | None = option(
         None,
         "shape of the rows where it cannot be recognised",
-        choices=("text", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt"),
+        choices=("text", "prompt", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt"),
     )
     max_samples: int | None = option(None, "use at most this many rows")
     revision: str | None = option(None, "branch, tag or commit of a hub data set")

@@ -130,7 +130,7 @@ INSTEAD: dict[str, str] = {
     "wandb_entity": "set WANDB_ENTITY in the environment (env: in YAML)",
     "wandb_project": "set WANDB_PROJECT in the environment (env: in YAML)",
     "wandb_run_group": "set WANDB_RUN_GROUP in the environment (env: in YAML)",
-    "use_vllm": "drop it: nothing is generated during training",
+    "use_vllm": "drop it: what ppo writes is written in the ranks' own processes",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "num_epochs": "num_train_epochs",

@@ -72,9 +72,10 @@ class PolicyAndValue(nn.Module):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute activations in both trunks; with the adapter that was active when they were computed first."""
-        chosen = dict(activation_checkpointing_kwargs or {})
+        # transformers' own default, which it lays down only where it is given no mapping at all.
+        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if self.is_shared:
-            if chosen.setdefault("use_reentrant", False):
+            if chosen["use_reentrant"]:
                 raise UserError(
                     "use_reentrant: true would recompute the value function with the policy's adapter; drop it"
                 )

@@ -50,11 +50,9 @@ def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any)
 
 def _with_values(policy: Any, start: Start, words: Any, config: Config, args: Any) -> Any:
     """Return the policy with its value function: an adapter on one base under LoRA, else a model of its own."""
-    named = args.value_model_name_or_path
     if config.model.use_peft:
-        if named:
-            raise UserError("value_model_name_or_path and use_peft: the value function is an adapter then; drop one")
         return policy_and_value.shared(policy, copy_start=start.source.is_adapter)
+    named = args.value_model_name_or_path
     where = source.resolve(named, option="value_model_name_or_path") if named else start.source
     made = policy_and_value.separate(policy, where, pad_token_id=words.pad_token_id, **_loading(config, args))
     load.check_vocabulary(made.value, words, start.tokenizer.name)  # it reads the policy's tokens

@@ -1,8 +1,8 @@
 """What completions are worth: reward models, Python functions, or a weighted sum of several.
 
-A function has TRL's signature: `f(prompts, completions, completion_ids=…, answer=…, **columns) -> list[float]`, one
-number for each completion. Prompts are as the data has them, strings or messages; completions are strings, or one
-assistant message each where prompts are messages.
+A function is called as TRL calls one, `f(prompts=…, completions=…, completion_ids=…, answer=…) -> list[float]`, and
+gives one number for each completion; of the data's other columns nothing is kept. Prompts are as the data has them,
+strings or messages; completions are strings, or one assistant message each where prompts are messages.
 """
 
 from __future__ import annotations
