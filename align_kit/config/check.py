@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "early_stop_kl": POSITIVE,
     "num_sample_completions": NOT_NEGATIVE,
     "seed": NOT_NEGATIVE,
+    "data_seed": NOT_NEGATIVE,
     "save_steps": POSITIVE,
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,

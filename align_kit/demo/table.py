@@ -96,7 +96,7 @@ def gains(results: Results) -> str:
                 pair = (found[before], found[after])
                 greedy, sampled = gain(pair[0].greedy, pair[1].greedy), gain(pair[0].sampled, pair[1].sampled)
                 rows.append([str(seed), f"{TITLES[before]} -> {TITLES[after]}", str(greedy), str(sampled)])
-    return grid(("seed", "step", "greedy", "sampled"), rows)
+    return grid(("seed", "comparison", "greedy", "sampled"), rows)
 
 
 REWARD_COLUMNS = ("seed", "pair accuracy", "margin", "calibration error", "Brier score")

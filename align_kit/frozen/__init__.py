@@ -4,6 +4,7 @@ A role has a source and a digest, resolved once, written to the run's manifest a
 policy as it is now". It is loaded from its source, never deep-copied. Where it lives is a choice with a reason:
 
 - `adapter`: the policy's own base with the adapter off, or a frozen copy of the adapter the policy started from;
+- `shared`: a reward model that is an adapter and a head on the policy's own base;
 - `sharded`: a ZeRO-3 inference engine of its own; `offloaded`: the same with its shards in CPU memory;
 - `quantised`: an int8 copy, whole on each rank, with its measured error;
 - `cached`: a reference that computed every row once and was let go; its numbers come with the batch.

@@ -100,7 +100,7 @@ def resolve_reward(
     start = source.resolve(recorded["name"] if recorded else name, option="reward_model_name_or_path")
     identity = source.digest(start)
     _check_unchanged(role, start, identity, recorded)
-    asked = _as_recorded(placement, recorded)
+    asked, apart = _as_recorded(placement, recorded), ""
     if asked == "shared" or (asked == "auto" and base is not None and start.is_adapter):
         apart = _not_shared(start, base)
         if asked == "shared" and apart:
@@ -109,7 +109,7 @@ def resolve_reward(
     if asked == "shared":
         chosen, reason = "shared", "an adapter of the policy's own base"
     else:
-        chosen, reason = place_apart(asked, start, option="reward_placement", stage=stage, room=room)
+        chosen, reason = place_apart(asked, start, option="reward_placement", stage=stage, room=room, why=apart)
     if recorded and placement == "auto":
         reason = recorded["reason"]
     return start, Identity(role, start.name, identity, chosen, reason)

@@ -138,6 +138,8 @@ def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None
         ("base model", start.source.weights.folder),
     ]
     used += [("tokenizer", start.tokenizer.folder), ("reference", config.run.reference_model_name_or_path)]
+    used += [("value model", getattr(args, "value_model_name_or_path", None))]
+    used += [("reward model", place) for place in getattr(args, "reward_model_name_or_path", None) or []]
     used += [("data", entry.path) for entry in [*config.data.datasets, *config.data.eval_datasets]]
     for option, place in used:
         home.refuse_inside(option, place)

@@ -7,6 +7,7 @@ global batch is cut.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -245,13 +246,20 @@ class PhaseTrainer(Trainer):
         return {name: value for name, value in mine.items() if not self.is_lora or f".{TRAINED}." in name}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Let transformers store the part that is left behind; the engine's own files hold the rest."""
+        """Let transformers store the part that is left behind; the engine's own files hold the rest.
+
+        Of several adapters that is the trained one: the others' folders would hold its weights under their names.
+        """
         trained, names = self.model, None if state_dict is None else self.stored_names(state_dict)
-        self.model = self.stored_model
+        stored = self.stored_model
+        if self.is_lora:
+            stored.save_pretrained = functools.partial(stored.save_pretrained, selected_adapters=[TRAINED])
         try:
+            self.model = stored
             super()._save(output_dir, names)
         finally:
             self.model = trained
+            vars(stored).pop("save_pretrained", None)
 
     # --- what a checkpoint holds beside transformers' own ---
 

@@ -125,6 +125,11 @@ class PPO(PhaseTrainer):
         made = super().create_optimizer(model)
         rate = self.args.value_learning_rate
         if rate is not None:
+            if "optimizer" in self.args.hf_deepspeed_config.config:
+                raise UserError(
+                    "value_learning_rate needs the Trainer's optimizer and the DeepSpeed configuration brings its own; "
+                    "drop one of them"
+                )
             theirs = {id(parameter) for parameter in self.model.value_parameters()}
             for group in list(made.param_groups):
                 values = [p for p in group["params"] if id(p) in theirs]
