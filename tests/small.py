@@ -98,8 +98,8 @@ def write_scorer(place: Path, *, seed: int = 0, **changes: Any) -> Path:
     return place
 
 
-def make_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a byte-level BPE of 320 tokens that knows `WORDS`, one added token, and the built-in chat template."""
+def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerBase:
+    """Return a byte-level BPE of `vocab_size` tokens that knows `WORDS`, one added token and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +107,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     words.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     end, pad, *turns = SPECIAL

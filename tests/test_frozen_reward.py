@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_two_reward_models_score_alike_wherever_they_live(lab: Lab, placement: s
         worst = roles[role]["measured"].get("int8_error_worst", 0)
         assert roles[role]["placement"] == placement and (placement == "quantised") == (worst > 0)
         assert ours.logged(metric) == pytest.approx(theirs.logged(metric), abs=1e-6 + 2 * worst)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["sharded", "quantised"])
+def test_a_reward_model_with_fewer_words_of_its_own(lab: Lab, placement: str) -> None:
+    """The policy's token ids mean nothing to it: what it scores, and what its int8 copy is measured on, is text."""
+    other = lab.home / "byte-scorer"
+    if not other.exists():
+        write_scorer(other, vocab_size=300)
+        words = make_tokenizer(vocab_size=290)
+        words.save_pretrained(other)
+        assert len(words) <= 300 < len(make_tokenizer())
+    asked = {"reward_funcs": None, "reward_model_name_or_path": [str(other)], "reward_placement": placement}
+    run = lab.train("ppo", **asked, max_steps=3)
+    assert all(math.isfinite(reward) for reward in run.logged("reward"))
+    assert run.manifest["frozen"]["reward"]["placement"] == placement
 
 
 @pytest.mark.slow

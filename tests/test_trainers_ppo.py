@@ -324,3 +324,18 @@ def test_numbers_out_of_range(option: str) -> None:
 def test_words_that_are_not_known(option: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(get("ppo"), option.split())
+
+
+def test_a_checkpoint_holds_the_trained_adapter_alone(lab: Lab) -> None:
+    """The value function's adapter and a reference's copy are the engine's affair, not a model to load."""
+    run = lab.train("ppo", 2, use_peft=True, max_steps=3, save_strategy="steps", save_steps=3)
+    folder = run.folder / "checkpoint-3"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not list(folder.glob("*/adapter_model.safetensors"))
+    assert {name.rpartition(".lora_")[2][0] for name in read_weights(folder)} == {"A", "B"}
+
+
+def test_an_optimizer_of_the_engine_cannot_have_two_rates(lab: Lab, tmp_path: Path) -> None:
+    engine = json.loads(lab.sharded.read_text()) | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    result = lab.start("ppo", tmp_path / "run", 1, deepspeed=engine, value_learning_rate=1e-3).result
+    assert "value_learning_rate" in result.error()

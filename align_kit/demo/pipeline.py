@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--ranks {given.ranks}: give 1 or more")
     if not 0 < given.scale <= 1:
         raise UserError(f"--scale {given.scale}: give a share above 0, at most 1")
-    arms = tuple(dict.fromkeys(given.arms))
+    arms = tuple(dict.fromkeys([*(["reward"] if "ppo_model" in given.arms else []), *given.arms]))
     return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, arms, given.control, given.scale)
 
 

@@ -35,7 +35,7 @@ def report(results: Results, output: Path, seconds: float, split: str) -> str:
     problems = len(first["sft"].greedy)
     over = f"seed {next(iter(results))}" if len(results) == 1 else f"mean over seeds {', '.join(map(str, results))}"
     parts = [
-        f"{problems} held-out problems ({split}), {over}; tokens are those a phase computed, KL is to the phase's "
+        f"{problems} held-out problems ({split}), {over}; tokens are those its updates computed, KL is to its "
         "start, in nats per sampled answer:",
         scores(results, output),
         "Gain in exact answers, percentage points with 95 % intervals over the same problems:",

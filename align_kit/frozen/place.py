@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from align_kit import zero
 from align_kit.data.prepare import Split
+from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps
 from align_kit.forward.scores import sequence_scores
@@ -83,7 +84,7 @@ def load_reference(start: source.Source, identity: Identity, site: Site, *, poli
     if identity.placement == "adapter":
         return Frozen(identity, None, adapter=REFERENCE_ADAPTER if policy_is_adapter else None)
     if identity.placement == "quantised":
-        model, error = _quantised(start, site, _logps)
+        model, error = _quantised(start, site, _logps, site.probe())
         return Frozen(_with_error(identity, error, "token's log-probability (nats)"), model)
     return Frozen(identity, engine_of(start, site, offload=identity.placement == "offloaded"))
 
@@ -104,7 +105,8 @@ def load_reward(start: source.Source, identity: Identity, site: Site) -> RewardM
         return SharedReward(identity, words)
     ending = {"head": "score", "pad_token_id": words.pad_token_id}
     if identity.placement == "quantised":
-        model, error = _quantised(start, site, sequence_scores, **ending)
+        probe = [_reworded(batch, site.tokenizer, words) for batch in site.probe()]
+        model, error = _quantised(start, site, sequence_scores, probe, **ending)
         return RewardModel(_with_error(identity, error, "score"), model, words)
     return RewardModel(identity, engine_of(start, site, offload=identity.placement == "offloaded", **ending), words)
 
@@ -164,9 +166,13 @@ def _device() -> torch.device:
 
 
 def _quantised(
-    start: source.Source, site: Site, answers: Callable[[nn.Module, Mapping[str, Tensor]], Tensor], **loading: Any
+    start: source.Source,
+    site: Site,
+    answers: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    probe: Sequence[Mapping[str, Tensor]],
+    **loading: Any,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Return the int8 copy of `start`, whole on this rank, and the mean and worst error of its answers on the probe.
+    """Return the int8 copy of `start`, whole on this rank, and the mean and worst error of its answers on `probe`.
 
     While it is made, the rank holds the copy in the precision of the run.
     """
@@ -176,7 +182,6 @@ def _quantised(
 
     with load.plain_transformers():
         model = freeze(load.load_policy(start, **{**site.loading, **loading})).to(_device())
-    probe = site.probe()
     with torch.no_grad():
         before = [answers(model, batch) for batch in probe]
         if not quantise_(model):
@@ -186,6 +191,16 @@ def _quantised(
         after = [answers(model, batch) for batch in probe]
     error = (torch.cat(after) - torch.cat(before)).abs()
     return model, {"mean": float(error.mean()), "worst": float(error.max())}
+
+
+def _reworded(batch: dict[str, Tensor], tokenizer: Any, words: Any) -> Mapping[str, Tensor]:
+    """Return the same texts in tokens of `words`: a reward model need not know the policy's."""
+    if tokenizer_digest(tokenizer) == tokenizer_digest(words):
+        return batch
+    lengths = batch["attention_mask"].sum(1).tolist()
+    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+    encoded = words(texts, padding=True, padding_side="right", return_tensors="pt")
+    return {name: encoded[name].to(_device()) for name in ("input_ids", "attention_mask")}
 
 
 def _logps(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
