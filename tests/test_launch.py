@@ -97,7 +97,7 @@ def test_options_come_before_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"which recipe\? known: pretrain, sft, dpo"),
+        ([], r"which recipe\? known: pretrain, sft, reward, dpo, orpo, kto, ppo"),
         (["dp0"], r"unknown recipe 'dp0'; .*did you mean 'dpo'"),
         (["--nprocs", "2", "dpo"], r"unknown option --nprocs; known: --nproc_per_node, "),
         (["--nproc_per_node"], r"--nproc_per_node needs a value \(ranks on this machine"),
