@@ -204,6 +204,8 @@ def _online(config: Config) -> Iterator[str]:
             yield f"{name} ({config.origin[name]}) is epoch, and ppo goes by iterations, not by epochs; use steps"
     if config.given("kl_horizon") and config.value("kl_target") is None:
         yield f"kl_horizon ({config.origin['kl_horizon']}) was given, but kl_coef is fixed; add kl_target, or drop it"
+    if config.value("kl_target") is not None and not config.value("kl_coef"):
+        yield "kl_target moves kl_coef by a factor, and kl_coef is 0; give it a number above 0, or drop kl_target"
     if config.value("reward_placement") == "shared" and not config.model.use_peft:
         yield "reward_placement: shared needs the policy's base unchanged; add use_peft: true, or use sharded"
     if config.value("value_model_name_or_path") and config.model.use_peft:
