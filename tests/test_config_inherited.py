@@ -120,3 +120,9 @@ def test_every_field_is_read() -> None:
     }
     unread = sorted((ours | honoured) - read_words())
     assert unread == []
+
+
+def test_every_field_of_our_own_classes_is_read() -> None:
+    inherited_names = names("transformers:TrainingArguments")
+    fields = {name for dotted in OURS.values() for name in names(dotted) - inherited_names}
+    assert sorted(fields - read_words()) == []
