@@ -281,7 +281,7 @@ def test_completions_that_leave_no_room(lab: Lab, tmp_path: Path) -> None:
     ({"reward_funcs": None}, "no reward: give reward_model_name_or_path, or reward_funcs"),
     ({"reward_funcs": ["checker"]}, "no card of the data names one"),
     ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards (odd_tokens); give one each"),
-    ({"kl_target": 1.0, "kl_coef": 0.0}, "the adaptive KL coefficient's beta is 0"),
+    ({"kl_target": 1.0, "kl_coef": 0.0}, "and kl_coef is 0; give it a number above 0"),
     ({"use_peft": True, "value_model_name_or_path": "somewhere"}, "value_model_name_or_path and use_peft"),
 ], ids=lambda case: "-".join(case) if isinstance(case, dict) else "")  # fmt: skip
 def test_one_line_for_what_cannot_be(lab: Lab, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
