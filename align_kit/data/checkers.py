@@ -8,7 +8,7 @@ the format. All functions are pure and need no model. `exact_reward` is the chec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -86,23 +86,35 @@ def answer_of(text: str) -> str:
     return f"{number.normalize():f}"
 
 
+def as_reward(check: Callable[[str, str, str], Any]) -> Callable[..., list[float]]:
+    """Return a card's checker as a reward function of TRL's signature: 1.0 for an exact answer, else 0.0.
+
+    Prompts, completions and answers are lists with one entry a completion, strings or messages; other columns are not
+    read. It raises `UserError` for a row without an answer, and what `check` raises.
+    """
+
+    def reward(
+        prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **others: Any
+    ) -> list[float]:
+        scores = []
+        for prompt, completion, wanted in zip(prompts, completions, answer, strict=True):
+            if wanted is None:
+                raise UserError(
+                    f"the checker needs an answer to each prompt, and there is no answer for the prompt "
+                    f"{_said(prompt)[-60:]!r}; give every row an 'answer' column"
+                )
+            before = prompt if isinstance(prompt, str) else ""
+            scores.append(float(check(before, _said(completion), str(wanted)).exact))
+        return scores
+
+    return reward
+
+
 def exact_reward(
     prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **others: Any
 ) -> list[float]:
-    """Return 1.0 for each completion whose last answer equals its row's `answer` (see `check`), else 0.0.
-
-    The signature is TRL's for reward functions: one entry a completion in each list, strings or messages; other
-    columns are not read. Raises `UserError` for a row without an answer, or with one that holds no number.
-    """
-    scores = []
-    for prompt, completion, wanted in zip(prompts, completions, answer, strict=True):
-        if wanted is None:
-            raise UserError(
-                f"exact_reward: no answer for the prompt {_said(prompt)[-60:]!r}; give every row an 'answer' column"
-            )
-        before = prompt if isinstance(prompt, str) else ""
-        scores.append(float(check(before, _said(completion), str(wanted)).exact))
-    return scores
+    """Return 1.0 for each completion whose last answer equals its row's `answer`, else 0.0: `check` as a reward."""
+    return as_reward(check)(prompts, completions, answer, **others)
 
 
 def distinct(completions: Sequence[str]) -> float:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from align_kit.data.checkers import as_reward
 from align_kit.data.collate import pad_BT
 from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
@@ -156,23 +157,10 @@ class Rewards:
         return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)]
 
 
-def checker_reward(check: Callable[[Any, str, Any], Any]) -> Function:
-    """Return a card's checker as a reward function: 1 for an exact answer, else 0."""
-
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
-        if None in answer:
-            raise UserError("the checker needs an answer to each prompt; give rows an 'answer' column")
-        before = [one if isinstance(one, str) else "" for one in prompts]
-        return [float(check(p, text, str(a)).exact) for p, text, a in zip(before, texts, answer, strict=True)]
-
-    return reward
-
-
 def judge_of(named: str) -> FunctionJudge:
     """Return the judge that an entry of `reward_funcs` names: a dotted path, or `checker:` and a checker's."""
     if named.startswith(CHECKER):
-        return FunctionJudge("checker", checker_reward(function(named.removeprefix(CHECKER))))
+        return FunctionJudge("checker", as_reward(function(named.removeprefix(CHECKER))))
     return FunctionJudge(named.replace(":", ".").rpartition(".")[2], function(named))
 
 

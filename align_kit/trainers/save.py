@@ -62,17 +62,13 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
 def _gathered(trainer: PhaseTrainer) -> dict[str, Tensor]:
     """Return what is to be stored on rank 0: all weights, or the adapter's alone where LoRA is trained."""
     engine = trainer.model_wrapped
-    if not _is_lora(trainer):
+    if not trainer.is_lora:
         return trainer.stored_names(trainer.accelerator.get_state_dict(engine) or {})
     if engine.zero_optimization_partition_weights():
         return trainer.stored_names(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {})
     trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
     state = engine.module.state_dict()
     return trainer.stored_names({name: tensor.cpu() for name, tensor in state.items() if name in trained})
-
-
-def _is_lora(trainer: PhaseTrainer) -> bool:
-    return trainer.is_lora
 
 
 def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
@@ -86,7 +82,7 @@ def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
 def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> None:
     model: Any = trainer.stored_model
     model.config.use_cache = True
-    adapters = {"selected_adapters": ["default"]} if _is_lora(trainer) else {}
+    adapters = {"selected_adapters": ["default"]} if trainer.is_lora else {}
     # A copy: transformers empties the mapping it is given, and the tensors are compared afterwards.
     model.save_pretrained(str(folder), state_dict=dict(weights), **adapters)
     trainer.processing_class.save_pretrained(str(folder))  # type: ignore[union-attr]
@@ -95,7 +91,7 @@ def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> N
 def _expected(trainer: PhaseTrainer) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every parameter that must be stored: all, or those LoRA trains."""
     named = trainer.model.named_parameters()
-    wanted = {name: p for name, p in named if p.requires_grad or not _is_lora(trainer)}
+    wanted = {name: p for name, p in named if p.requires_grad or not trainer.is_lora}
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainer.stored_names(wanted).items()}
 
 
@@ -103,7 +99,7 @@ def _as_stored(trainer: PhaseTrainer, weights: dict[str, Tensor]) -> dict[str, T
     """Return gathered weights named and cut as transformers stores them: stacked experts one by one, for instance."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return weights if _is_lora(trainer) else dict(revert_weight_conversion(trainer.stored_model, dict(weights)))
+    return weights if trainer.is_lora else dict(revert_weight_conversion(trainer.stored_model, dict(weights)))
 
 
 def _check_tensors(
