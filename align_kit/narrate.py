@@ -11,6 +11,7 @@ from align_kit import frozen as frozen_models
 from align_kit import log, machine, run_folder
 from align_kit.config import BatchPlan, Config
 from align_kit.data.prepare import Prepared
+from align_kit.forward.door import Choice
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.stages import Engine, Start
@@ -24,6 +25,7 @@ def record(
     start: Start,
     rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
+    forward: Choice,
     derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
     args: Any,
@@ -47,6 +49,7 @@ def record(
         data=rows.accounts(),
         policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
         frozen={role: held.identity.as_dict() for role, held in frozen.items()},
+        forward=asdict(forward),
         derived=derived,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
@@ -73,6 +76,7 @@ def header(
     start: Start,
     rows: Prepared,
     frozen: dict[str, frozen_models.Frozen],
+    forward: Choice,
     derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
     args: Any,
@@ -91,6 +95,7 @@ def header(
         log.say(f"  {title:<10} {split.sentence()}")
     for line in dict.fromkeys(line for split in splits for line in split.warnings):
         log.warn(line)
+    log.say(f"  forward    {forward.mode}: {forward.why}")
     steps = args.max_steps if args.max_steps > 0 else math.ceil((plan.steps_per_epoch or 1) * args.num_train_epochs)
     epochs = steps / (plan.steps_per_epoch or 1)
     log.say(

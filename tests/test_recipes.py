@@ -291,7 +291,7 @@ def test_rows_that_fill_up_the_last_batch_do_not_count(lab: Lab, recipe: Recipe)
     few = {"datasets": [{**data, "max_samples": 5}], "max_steps": 2, "optim": "sgd"}
     rows = gradient(lab, recipe, 1, 64, 1, **few)  # the whole epoch in one step, twice
     ranks = gradient(lab, recipe, 2, 2, 16, **few)
-    assert ranks.losses == pytest.approx(rows.losses, rel=1e-6, abs=1e-7)
+    assert ranks.losses == pytest.approx(rows.losses, rel=5e-6, abs=1e-7)
     assert relative_gap(ranks.weights, rows.weights, read_weights(gradient_start(lab, recipe))) < 1e-5
 
 

@@ -108,6 +108,12 @@ class RunFields:
         None, "continue a run: bare for its last checkpoint, or a checkpoint's path", bare="auto"
     )
     overwrite: bool = option(False, "replace what stands in output_dir")
+    forward: str = option(
+        "auto",
+        "how batches are computed: shared (a common prefix once, no padding), packed (no padding), plain; auto: as "
+        "shared as the model allows, checked against plain on the first batch",
+        choices=("auto", "shared", "packed", "plain"),
+    )
     reference_model_name_or_path: str | None = option(None, "the reference; the policy's start where none is given")
     reference_placement: str = option(
         "auto",

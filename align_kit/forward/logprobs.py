@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_kit.forward.door import pack_for
+from align_kit.forward.head import Answer, Ask
+from align_kit.forward.layout import Pack
 from align_kit.losses import log_sum_sq_probs
 
 
@@ -45,10 +48,57 @@ class TokenLogps:
         )
 
 
-def token_logps(model: nn.Module, batch: Mapping[str, Tensor], *, log_sum_sq: bool = False) -> TokenLogps:
-    """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens."""
-    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return read_logps(output.logits, batch, log_sum_sq=log_sum_sq)
+def token_logps(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    log_sum_sq: bool = False,
+    entropy: bool = False,
+    temperature: float = 1.0,
+) -> TokenLogps:
+    """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens.
+
+    The model is walked as its door says (`forward.door`); what comes back is the same either way.
+    """
+    asked: dict[str, Any] = {"log_sum_sq": log_sum_sq, "entropy": entropy, "temperature": temperature}
+    pack = pack_for(model, batch)
+    if pack is None:
+        output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return read_logps(output.logits, batch, **asked)
+    output = model(pack=pack, ask=Ask(pack.targets_P, **asked))
+    return spread(output.tokens, pack, batch)
+
+
+def tokens_and_values(
+    model: nn.Module, batch: Mapping[str, Tensor], *, entropy: bool = False, temperature: float = 1.0
+) -> tuple[TokenLogps, Tensor]:
+    """Return the same of a policy, and of the value function beside it the values (B, T - 1), 0 where masked.
+
+    `values_BT[b, t]` is foreseen once tokens up to t are there, before the token the column speaks of. `model` is a
+    `models.policy_and_value.PolicyAndValue`.
+    """
+    asked: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
+    pack = pack_for(model, batch)
+    if pack is None:
+        output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], role="both")
+        tokens = read_logps(output.logits, batch, **asked)
+        return tokens, output.values[:, :-1].masked_fill(~tokens.mask_BT, 0.0)
+    output = model(pack=pack, ask=Ask(pack.targets_P, **asked), role="both")
+    return spread(output.tokens, pack, batch), pack.spread(output.values)
+
+
+def spread(tokens: Answer, pack: Pack, batch: Mapping[str, Tensor]) -> TokenLogps:
+    """Lay what was read of a packed row where the batch has its tokens."""
+    def laid(values_P: Tensor | None) -> Tensor | None:
+        return None if values_P is None else pack.spread(values_P)
+
+    return TokenLogps(
+        pack.spread(tokens.logps_P),
+        batch["loss_mask"][:, 1:].bool() & batch["attention_mask"][:, 1:].bool(),
+        pack.spread(tokens.top1_P, fill=False),
+        laid(tokens.log_sum_sq_P),
+        laid(tokens.entropy_P),
+    )
 
 
 def read_logps(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_kit.errors import UserError
-from align_kit.forward.logprobs import TokenLogps, read_logps
+from align_kit.forward.door import pack_for
+from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.forward.scores import sequence_scores
 from align_kit.frozen.identity import Identity
 from align_kit.models import lora
@@ -45,11 +46,11 @@ class Frozen:
 
         with torch.no_grad():
             if self.model is not None:
-                return _read(self.model, batch, temperature)
+                return token_logps(self.model, batch, temperature=temperature)
             was_training = policy.training
             policy.eval()
             with lora.adapter_active(policy, self.adapter):
-                result = _read(policy, batch, temperature)
+                result = token_logps(policy, batch, temperature=temperature)
             policy.train(was_training)
             return result
 
@@ -162,11 +163,13 @@ class SharedReward(Frozen):
         """Return the scores (B, fp32) that `policy`, the engine of a `PolicyAndValue`, gives in this role."""
         import torch
 
-        padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.tokenizer.pad_token_id)
+        padding, role = self.tokenizer.pad_token_id, self.identity.role
         with torch.no_grad():
-            output: Any = policy(input_ids=padded, attention_mask=batch["attention_mask"], role=self.identity.role)
-        scores_B: Tensor = output.scores
-        return scores_B
+            pack = pack_for(policy, batch, whole=True, last_not=padding)
+            if pack is not None:
+                return policy(pack=pack, role=role).scores  # type: ignore[no-any-return]
+            padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, padding)
+            return policy(input_ids=padded, attention_mask=batch["attention_mask"], role=role).scores  # type: ignore[no-any-return]
 
     def _parameters(self, policy: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Return its own adapter and head; the base beneath is the reference's to watch."""
@@ -183,11 +186,6 @@ def is_resident(parameter: nn.Parameter) -> bool:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return getattr(parameter, "ds_persist", False) and parameter.ds_status == ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-
-
-def _read(model: nn.Module, batch: Mapping[str, Tensor], temperature: float) -> TokenLogps:
-    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return read_logps(output.logits, batch, temperature=temperature)
 
 
 def _foreign(name: str, adapter: str | None) -> bool:

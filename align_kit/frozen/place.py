@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_kit import zero
+from align_kit import log, zero
 from align_kit.data.prepare import Split
 from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
+from align_kit.forward import door
 from align_kit.forward.logprobs import token_logps
 from align_kit.forward.scores import sequence_scores
 from align_kit.frozen.choice import Room, measure
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 REFERENCE_ADAPTER = "reference"
 PROBE_ROWS = 32
+CHECKED_ROWS = 8  # computed both ways where a frozen model is opened
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Site:
     """What the frozen models of a run are put beside.
 
     `engine` is the policy's engine configuration; `loading` goes to `models.load.load_policy`; `policy` is loaded and
-    not yet in an engine; `splits` are the run's tokenised rows, in tokens of `tokenizer`.
+    not yet in an engine; `splits` are the run's tokenised rows, in tokens of `tokenizer`. `forward` is how batches are
+    asked to be computed (`forward.door`).
     """
 
     engine: Mapping[str, Any]
@@ -41,6 +44,7 @@ class Site:
     policy: Any
     tokenizer: Any
     splits: Sequence[Split]
+    forward: str = door.PLAIN
 
     @property
     def stage(self) -> int:
@@ -64,6 +68,28 @@ class Site:
         chosen = [sequences[place] for place in places]
         batches = [completions_batch([row], self.tokenizer.pad_token_id) for row in chosen]
         return [{name: tensor.to(_device()) for name, tensor in batch.items()} for batch in batches]
+
+    def walked(self, model: Any, place: Callable[[], nn.Module]) -> nn.Module:
+        """Open `model` for the run's way of computing batches, `place` it, and check the way on a few of its rows."""
+        choice = door.choose(model, trains=False)
+        forced = self.forward in (door.PLAIN, door.PACKED) and choice.mode != door.PLAIN
+        door.open_door(model, self.forward if forced else choice.mode)
+        placed = place()
+        batch = self.first_rows()
+        answer = sequence_scores if model.get_output_embeddings() is None else _logps
+        why = door.settle(placed, lambda: answer(placed, batch)) if self.forward == "auto" else None
+        if why is not None:
+            log.warn(f"a frozen {type(model).__name__} computes plain: {why}")
+        return placed
+
+    def first_rows(self) -> dict[str, Tensor]:
+        """Return the first of the run's sequences as one batch on this rank's device."""
+        rows = self.splits[0].rows
+        columns = columns_for(rows)
+        sequences = DatasetRows(rows, columns) if columns else _Prompts(rows)
+        first = [sequences[place] for place in range(min(CHECKED_ROWS, len(sequences)))]
+        batch = completions_batch(first, self.tokenizer.pad_token_id)
+        return {name: tensor.to(_device()) for name, tensor in batch.items()}
 
 
 class _Prompts:
@@ -124,7 +150,7 @@ def engine_of(start: source.Source, site: Site, *, offload: bool = False, **load
     with _built_under(config):
         model = freeze(load.load_policy(start, **{**site.loading, **loading}))
     zero.set_leaf_modules(model, moe.sparse_blocks, config)
-    return _sharded(model, config)
+    return site.walked(model, lambda: _sharded(model, config))
 
 
 @contextmanager

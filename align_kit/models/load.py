@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from align_kit import zero
 from align_kit.errors import UserError
@@ -244,9 +244,11 @@ def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of `model` to 0, an adapter's too: what TRL's `disable_dropout` does."""
     from torch import nn
 
-    for module in model.modules():
+    for module in cast("Iterator[Any]", model.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # no module of its own in newer models
+            module.attention_dropout = 0.0
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:

@@ -31,11 +31,15 @@ OF_VALUE_ADAPTER = re.compile(rf"\.lora_\w+\.{VALUE_ADAPTER}(\.|$)")  # some mod
 
 
 class Outcome(NamedTuple):
-    """What a forward gave: the policy's logits (B, T, V), values (B, T), the scores of a reward role (B)."""
+    """What a forward gave: the policy's logits (B, T, V), values (B, T), the scores of a reward role (B).
+
+    Of a packed row: the policy's answers about tokens (`forward.head.Answer`), values where they are predicted (P).
+    """
 
     logits: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
+    tokens: Any = None
 
 
 class PolicyAndValue(nn.Module):
@@ -89,35 +93,57 @@ class PolicyAndValue(nn.Module):
     # The forward.
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, role: str = "policy", use_cache: bool = False
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        role: str = "policy",
+        use_cache: bool = False,
+        pack: Any = None,
+        ask: Any = None,
     ) -> Outcome:
-        """Compute as `role`: "policy" (logits), "value" (values), "both", or the name of a shared reward model."""
+        """Compute as `role`: "policy" (logits), "value" (values), "both", or the name of a shared reward model.
+
+        With a `pack` (`forward.layout.Pack`) in place of ids, the policy answers what `ask` asks (`tokens`), values
+        are those at the places that predict (P), and a reward stands on each sequence's last token as the pack has it.
+        """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if role in self.reward_heads:
-            return Outcome(scores=self._scores(batch, role))
-        logits = self.policy(**batch).logits if role in ("policy", "both") else None
-        values = self._values(batch) if role in ("value", "both") else None
-        return Outcome(logits, values)
+            return Outcome(scores=self._scores(batch, role, pack))
+        logits = tokens = values = None
+        if role in ("policy", "both") and pack is not None:
+            tokens = self.policy(pack=pack, ask=ask).tokens
+        elif role in ("policy", "both"):
+            logits = self.policy(**batch).logits
+        if role in ("value", "both"):
+            values = self._values(batch, pack)
+        return Outcome(logits, values, tokens=tokens)
 
-    def _values(self, batch: dict[str, Any]) -> Tensor:
+    def _values(self, batch: dict[str, Any], pack: Any) -> Tensor:
         if self.value is not None:
-            hidden_BTH = self.value.base_model(**batch).last_hidden_state
-            return head_of(self.value)(hidden_BTH).squeeze(-1).float()
+            hidden = self._hidden(self.value, batch, pack)
+            return head_of(self.value)(hidden).squeeze(-1).float()
         with lora.adapter_active(self.policy, VALUE_ADAPTER):
-            return self.value_head(self._trunk()(**batch).last_hidden_state).squeeze(-1).float()
+            return self.value_head(self._hidden(self.policy.get_base_model(), batch, pack)).squeeze(-1).float()
 
-    def _scores(self, batch: dict[str, Any], role: str) -> Tensor:
+    def _hidden(self, model: Any, batch: dict[str, Any], pack: Any) -> Tensor:
+        """Return the last hidden states of a model's trunk: B, T, H, or P, H of what a pack predicts from.
+
+        LoRA's layers stand in the trunk.
+        """
+        if pack is None:
+            return model.base_model(**batch).last_hidden_state  # type: ignore[no-any-return]
+        return pack.walk(model)[pack.at_P]  # type: ignore[no-any-return]
+
+    def _scores(self, batch: dict[str, Any], role: str, pack: Any) -> Tensor:
         """Return the reward at each sequence's last token that is not padding, as a Hugging Face classifier pools."""
+        head = self.reward_heads[role]
         with lora.adapter_active(self.policy, role):
-            hidden_BTH = self._trunk()(**batch).last_hidden_state
-            scores_BT = self.reward_heads[role](hidden_BTH).squeeze(-1).float()
+            if pack is not None:
+                return head(pack.walk(self.policy.get_base_model())[pack.last_B]).squeeze(-1).float()  # type: ignore[no-any-return]
+            scores_BT = head(self._hidden(self.policy.get_base_model(), batch, None)).squeeze(-1).float()
         places_T = torch.arange(scores_BT.shape[1], device=scores_BT.device)
         last_B = (places_T * (batch["input_ids"] != self._reward_pads[role])).argmax(1)
         return scores_BT.gather(1, last_B[:, None]).squeeze(1)
-
-    def _trunk(self) -> Any:
-        """Return the base without its language-model head; LoRA's layers stand in it."""
-        return self.policy.get_base_model().base_model
 
     def hold_reward(self, role: str, source: Source, pad_token_id: int) -> None:
         """Put the reward model in `source`, an adapter of the policy's own base, on that base as `role`, frozen.

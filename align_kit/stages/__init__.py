@@ -3,7 +3,7 @@
 from align_kit.stages.beginning import Start, clear_home, open_home, starting_point, tokenizer
 from align_kit.stages.data import rows
 from align_kit.stages.engine import Engine, batch, process_group, repeats, shown, start
-from align_kit.stages.models import frozen, policy
+from align_kit.stages.models import forward, frozen, policy
 from align_kit.stages.training import derived, trainer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "batch",
     "clear_home",
     "derived",
+    "forward",
     "frozen",
     "open_home",
     "policy",

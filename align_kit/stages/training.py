@@ -72,6 +72,9 @@ def trainer(
         processing_class=words,
         frozen=frozen,
     )
+    made.settles_forward = config.run.forward == "auto"
+    if args.process_index == 0:
+        made.note = home.write
     made.remove_callback(PrinterCallback)
     made.add_callback(MetricsFile(home.path / run_folder.METRICS))
     made.progress = Progress(recipe.name)

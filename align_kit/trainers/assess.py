@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from align_kit.data.collate import LanguageCollator
-from align_kit.forward.logprobs import read_logps
+from align_kit.forward.logprobs import tokens_and_values
 from align_kit.frozen import Frozen
 from align_kit.models.policy_and_value import evaluating
 from align_kit.trainers import experience
@@ -66,14 +66,9 @@ class Assessor:
         return {name: values.to(self.device) for name, values in collated.items()}
 
     def _own(self, engine: nn.Module, batch: Columns) -> Columns:
-        outcome = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], role="both")
-        policy = read_logps(outcome.logits, batch, temperature=self.temperature, entropy=True)
+        policy, values_BT = tokens_and_values(engine, batch, temperature=self.temperature, entropy=True)
         assert policy.entropy_BT is not None
-        return {
-            "logps": policy.logps_BT,
-            "entropy": policy.entropy_BT.sum(1),
-            "values": outcome.values[:, :-1].masked_fill(~policy.mask_BT, 0.0),
-        }
+        return {"logps": policy.logps_BT, "entropy": policy.entropy_BT.sum(1), "values": values_BT}
 
     def _reference(self, engine: nn.Module, batch: Columns) -> Columns:
         return {"reference_logps": self.reference.token_logps(engine, batch, temperature=self.temperature).logps_BT}

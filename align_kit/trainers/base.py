@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from align_kit import log
+from align_kit.data.balance import balance, row_tokens
 from align_kit.errors import UserError
+from align_kit.forward.door import door_of, settle
+from align_kit.forward.logprobs import token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
 from align_kit.models.lora import TRAINED
@@ -101,11 +105,18 @@ class PhaseTrainer(Trainer):
         self.tallies = Tallies()
         self.tokens_computed = 0.0
         self.gates_passed = False
+        self.settles_forward = True  # whether the way of computing batches was ours to choose
+        self.note: Callable[..., None] = lambda **entries: None  # lays entries over the run's manifest
         self._epoch_iterator: Any = None
         self._batches_drawn = 0
         self.prepare()
 
     # --- what a method fills in ---
+
+    @property
+    def cut_is_free(self) -> bool:
+        """Whether the loss of a step is the same whichever of its rows share a micro-batch."""
+        return True
 
     @classmethod
     def complete(cls, rows: Any, args: Any) -> Any:
@@ -154,10 +165,22 @@ class PhaseTrainer(Trainer):
         """Return what the method has to say at the end of a run, a line each."""
         return []
 
+    def answers(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the method reads of a batch, as numbers that two ways of computing it must agree on."""
+        return token_logps(model, batch).logps_BT
+
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Check what must hold before any update; called once with the first micro-batch, on all ranks."""
 
     # --- training ---
+
+    def get_train_dataloader(self) -> Any:
+        """Return the training batches; the rows of a step are dealt so that all its micro-batches are as much work."""
+        loader, args = super().get_train_dataloader(), self.args
+        if self.cut_is_free:
+            size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+            balance(loader, row_tokens(self.train_dataset), size, self.accelerator.num_processes, accumulation)
+        return loader
 
     def _prepare_input(self, data: Any) -> Any:
         """Bring a batch to the device in the precision it has: its numbers are log-probabilities and advantages.
@@ -174,9 +197,23 @@ class PhaseTrainer(Trainer):
             for frozen in self.frozen.values():
                 frozen.watch(self.accelerator.unwrap_model(model))
             if self.state.global_step == 0:
-                self.before_first_step(model, self._prepare_inputs(inputs))
+                first = self._prepare_inputs(inputs)
+                self.settle_forward(model, first)
+                self.before_first_step(model, first)
         self.tokens_computed += float(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def settle_forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Compute the first batch the chosen way and plain; where they disagree the run goes on plain and says so."""
+        if not self.settles_forward:
+            return
+        was_training = model.training
+        model.eval()  # two drawings of dropout never agree
+        why = settle(model, lambda: self.answers(model, batch))
+        model.train(was_training)
+        if why is not None:
+            log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
+            self.note(forward={"mode": door_of(model).mode, "why": why})
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

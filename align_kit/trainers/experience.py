@@ -8,7 +8,7 @@ have T - 1 entries, the one at t speaks of token t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align_kit.data.balance import Group, deal
 from align_kit.losses import explained_variance, gae, shaped_rewards, token_kl, whiten
 
 Columns = dict[str, Tensor]
@@ -87,10 +88,23 @@ def order(rows: int, *, seed: int, iteration: int, epoch: int) -> list[int]:
     return [int(row) for row in np.random.default_rng((seed, iteration, epoch)).permutation(rows)]
 
 
-def micro_batches(places: Sequence[int], per_rank: int, rank: int, world_size: int) -> Iterator[Sequence[int]]:
-    """Yield this rank's rows of one mini-batch, `per_rank` at a time, dealt to the ranks in turn."""
-    for start in range(rank * per_rank, len(places), per_rank * world_size):
-        yield places[start : start + per_rank]
+def micro_batches(
+    rows: Columns, places: Sequence[int], per_prompt: int, per_rank: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Return this rank's rows of the mini-batch at `places`, `per_rank` at a time: near-equal work for all.
+
+    Completions of one prompt, `per_prompt` rows that follow one another, meet in a micro-batch where they can, so that
+    their prompt is computed once.
+    """
+    completions_N = rows["loss_mask"].sum(1)
+    prompts: list[int] = (rows["attention_mask"].sum(1) - completions_N).tolist()
+    completions: list[int] = completions_N.tolist()
+    of_prompt: dict[int, list[int]] = {}
+    for item, place in enumerate(places):
+        of_prompt.setdefault(place // per_prompt, []).append(item)
+    groups = [Group(items, prompts[places[items[0]]]) for items in of_prompt.values()]
+    dealt = deal([completions[place] for place in places], per_rank, world_size, groups)
+    return [sorted(places[item] for item in items) for items in dealt[rank::world_size]]
 
 
 def select(rows: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from align_kit import log
 from align_kit.data.collate import LanguageCollator
 from align_kit.errors import UserError
-from align_kit.forward.logprobs import read_logps
+from align_kit.forward.logprobs import token_logps, tokens_and_values
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
 from align_kit.trainers import experience
 from align_kit.trainers.assess import Assessor
@@ -155,7 +155,7 @@ class PPO(PhaseTrainer):
                 self._mid_iteration = number + 1 < len(updates)
                 self._update_began, self._approximate_kl = time.monotonic(), [0.0, 0.0]
                 for places in experience.micro_batches(
-                    order[part * size : (part + 1) * size],
+                    rows, order[part * size : (part + 1) * size], args.num_generations,
                     args.per_device_train_batch_size, args.process_index, args.world_size,
                 ):  # fmt: skip
                     yield experience.select(rows, places)
@@ -274,9 +274,9 @@ class PPO(PhaseTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         args = self.args
-        outcome = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], role="both")
-        tokens = read_logps(outcome.logits, batch, temperature=args.temperature, entropy=args.entropy_coef != 0)
-        mask_BT, values_BT = tokens.mask_BT, outcome.values[:, :-1]
+        asked: dict[str, Any] = {"temperature": args.temperature, "entropy": args.entropy_coef != 0}
+        tokens, values_BT = tokens_and_values(model, batch, **asked)
+        mask_BT = tokens.mask_BT
         policy = policy_loss(tokens.logps_BT, batch["logps"], batch["advantages"], mask_BT, args.cliprange)
         value = value_loss(values_BT, batch["values"], batch["returns"], mask_BT, args.cliprange_value)
         total = policy.total + args.vf_coef * value.total
@@ -288,6 +288,10 @@ class PPO(PhaseTrainer):
         self._approximate_kl[0] += float(drift)
         self._approximate_kl[1] += float(tokens_seen)
         return BatchLoss(total, count, {**losses, **policy.tallies, **value.tallies})
+
+    def answers(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        tokens, values_BT = tokens_and_values(model, batch, temperature=self.args.temperature)
+        return torch.stack([tokens.logps_BT, values_BT])
 
     def counts(self, batch: Mapping[str, Any]) -> list[int]:
         return [int(batch["loss_mask"][:, 1:].sum())]
@@ -316,8 +320,7 @@ class PPO(PhaseTrainer):
         """Step-0 identity: the ratio to the policy that wrote is 1, and so is that to the reference."""
         model.train()  # as the update will be, so that what dropout would change shows
         with torch.no_grad():
-            outcome = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            now = read_logps(outcome.logits, batch, temperature=self.args.temperature)
+            now = token_logps(model, batch, temperature=self.args.temperature)
         wrote_B, held = batch["logps"].sum(1), self.frozen["reference"]
         moved, same = largest_gap(self, now.logps_BT.sum(1), wrote_B)
         if not same:

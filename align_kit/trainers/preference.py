@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align_kit.data.collate import PreferenceCollator
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.losses import (
+    BATCH_COUPLED,
     Pairs,
     check_dpo_options,
     dpo_loss,
@@ -59,6 +60,11 @@ class DPO(Paired):
         }
         check_dpo_options(**self.options)
         self.options["f_alpha_divergence_coef"] = args.f_alpha_divergence_coef
+
+    @property
+    def cut_is_free(self) -> bool:
+        coupled = BATCH_COUPLED.keys() - {"sft"}  # which is told the tokens of the whole step
+        return coupled.isdisjoint(self.args.loss_type)
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         pairs = len(batch["input_ids"]) // 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from align_kit import log
 from align_kit.data.collate import PreferenceCollator
 from align_kit.errors import UserError
-from align_kit.forward.scores import sequence_scores
+from align_kit.forward.scores import last_states, sequence_scores
 from align_kit.losses import CALIBRATION_BINS, calibration_error, calibration_tallies, reward_loss, reward_metrics
 from align_kit.trainers.base import BatchLoss, PhaseTrainer
 
@@ -39,6 +39,10 @@ class Reward(PhaseTrainer):
         if step is None:  # an evaluation
             metrics |= calibration_tallies(chosen_B, rejected_B)
         return BatchLoss(loss.total, loss.items, metrics)
+
+    def answers(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the head reads: a fresh head of zeros would give the same score to anything."""
+        return last_states(model, batch)
 
     def counts(self, batch: Mapping[str, Any]) -> list[int]:
         return [batch["keep"]]
