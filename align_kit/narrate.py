@@ -11,7 +11,7 @@ from align_kit import frozen as frozen_models
 from align_kit import log, machine, run_folder
 from align_kit.config import BatchPlan, Config
 from align_kit.data.prepare import Prepared
-from align_kit.forward.door import Choice
+from align_kit.forward.door import Choice, door_of
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.stages import Engine, Start
@@ -118,6 +118,12 @@ def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
     return save_final(trainer, home.path, probe)
 
 
+def _computed(trainer: Any) -> str:
+    """Tell which share of the tokens had to be computed, where not all had."""
+    door = door_of(trainer.model)
+    return f" ({door.computed / door.given:.0%} of them computed)" if door.computed < door.given else ""
+
+
 def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
     """Close the manifest and say what came out and where it is."""
     if saved is None:
@@ -131,7 +137,7 @@ def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
         result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
     )
     shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
-    speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s"
+    speed = f"{trainer.progress.tokens_per_second():,.0f} tokens/s{_computed(trainer)}"
     log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
     for line in trainer.closing_lines():
         log.say(line)

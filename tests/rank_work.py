@@ -189,6 +189,25 @@ def stale_weights(trainer: Any) -> None:
     _tamper(lambda weights: weights.update({_a_weight(weights): weights[_a_weight(weights)] + 0.5}))
 
 
+def keep_lengths(trainer: Any) -> None:
+    """Write the tokens of each pair of each micro-batch, its prompt counted once, by step: a file a rank."""
+    steps: list[list[list[int]]] = []
+    get = trainer.get_batch_samples
+
+    def watched(*args: Any) -> Any:
+        batches, counts = get(*args)
+        steps.append([_pair_lengths(batch) for batch in batches])
+        Path(f"{trainer.args.output_dir}.{trainer.args.process_index}.json").write_text(json.dumps(steps))
+        return batches, counts
+
+    trainer.get_batch_samples = watched
+
+
+def _pair_lengths(batch: Any) -> list[int]:
+    both = batch["attention_mask"].sum(1).view(2, -1).sum(0) - batch["prompt_lengths"]
+    return [int(length) for length in both]
+
+
 def count_elements(trainer: Any) -> None:
     """Write how many elements of each model, and of whatever else is alive, this rank stores, beside the run."""
 

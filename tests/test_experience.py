@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,25 +45,49 @@ lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, 
 # --- which row is learnt from where -----------------------------------------------------------------------
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 99))
 def test_an_epoch_meets_every_row_once_on_any_number_of_ranks(
-    mini_batches: int, rows_per_rank: int, steps: int, seed: int
+    mini_batches: int, rows_per_rank: int, steps: int, per_prompt: int, seed: int
 ) -> None:
     """Of each mini-batch, ranks together see the same rows whether they are 1, 2 or 4; each rank as many batches."""
     from align_kit.trainers.experience import micro_batches, order
 
     size = 4 * rows_per_rank * steps
+    rows = columns(*random_lengths(size * mini_batches, per_prompt, seed))
     places = order(size * mini_batches, seed=seed, iteration=1, epoch=0)
     assert sorted(places) == list(range(size * mini_batches))
     for part in range(mini_batches):
         chosen = places[part * size : (part + 1) * size]
         for world in (1, 2, 4):
             per_rank = 4 * rows_per_rank // world
-            dealt = [list(micro_batches(chosen, per_rank, rank, world)) for rank in range(world)]
-            assert [len(batches) for batches in dealt] == [steps] * world
-            for step in range(steps):  # even each micro-batch of all ranks together is the same
-                together = {place for batches in dealt for place in batches[step]}
-                assert together == set(chosen[step * 4 * rows_per_rank : (step + 1) * 4 * rows_per_rank])
+            dealt = [micro_batches(rows, chosen, per_prompt, per_rank, rank, world) for rank in range(world)]
+            assert [[len(batch) for batch in batches] for batches in dealt] == [[per_rank] * steps] * world
+            assert sorted(place for batches in dealt for batch in batches for place in batch) == sorted(chosen)
+
+
+def random_lengths(count: int, per_prompt: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the lengths of prompts, the same for `per_prompt` rows that follow one another, and of completions."""
+    draw = random.Random(seed)
+    prompts = [draw.randint(1, 30) for _ in range(-(-count // per_prompt))]
+    return [prompts[row // per_prompt] for row in range(count)], [draw.randint(1, 30) for _ in range(count)]
+
+
+def test_completions_of_a_prompt_meet_and_micro_batches_are_near_equal() -> None:
+    """Half an iteration's rows, drawn at random: what is there of a prompt is in one micro-batch, but for a few."""
+    from align_kit.trainers.experience import micro_batches
+
+    world, per_rank, per_prompt = 2, 8, 4
+    prompts, completions = random_lengths(256, per_prompt, seed=0)
+    chosen = random.Random(1).sample(range(256), 128)
+    rows = columns(prompts, completions, extra=3)
+    dealt = [micro_batches(rows, chosen, per_prompt, per_rank, rank, world) for rank in range(world)]
+    met = [{place // per_prompt for place in batch} for batches in dealt for batch in batches]
+    drawn = {place // per_prompt for place in chosen}
+    assert sum(map(len, met)) <= len(drawn) + 2, "more than two prompts were parted"
+    own = [sum(completions[place] for place in batch) for batches in dealt for batch in batches]
+    once = [sum(prompts[group * per_prompt] for group in groups) for groups in met]
+    work = [tokens + prompt for tokens, prompt in zip(own, once, strict=True)]
+    assert max(work) < 1.15 * sum(work) / len(work)
 
 
 def test_the_order_is_new_in_each_epoch_and_iteration_and_nothing_else() -> None:
