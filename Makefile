@@ -15,7 +15,7 @@ PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
 export ALIGN_KIT_CACHE ?= $(CURDIR)/runs/.cache
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/runs/.extensions
 
-.PHONY: help setup demo test check lint wheel clean $(PHASES)
+.PHONY: help setup demo test check lint bench wheel clean $(PHASES)
 
 help: ## list the targets
 	@echo "targets (ARGS='--key value …' is passed on, RANKS=$(RANKS) sets the ranks of a phase):"
@@ -45,6 +45,9 @@ check: setup lint ## lint, types, floors and the fast tests
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+bench: setup ## one training step against stock TRL's, by lengths, models and ranks (ARGS='--models 4M' for some)
+	@$(BIN)/python -m benchmarks.preference_step $(ARGS)
 
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m build --wheel --no-isolation -q .

@@ -1,0 +1,47 @@
+"""Benchmarks on a world of seconds: they run, check what they check, and end in the line their readers look for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+
+pytestmark = pytest.mark.slow
+
+LITTLE = ("--models", "tiny", "--rounds", "2", "--distributions", "1:1", "--tokens", "48", "--threads", "1")
+ROW = re.compile(r"1:1 +\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)( +\d+\.\d\d){3} +\d+\.\d\d \(\d+\.\d\d\)")
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *words]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(("words", "tables"), [
+    (("--ranks", "1", "2"), 2),
+    (("--ranks", "2", "--forward", "packed", "--cached"), 1),
+    (("--ranks", "1", "--forward", "plain", "--sft"), 1),
+], ids=["pairs", "cached", "sft"])  # fmt: skip
+def test_preference_step(words: tuple[str, ...], tables: int) -> None:
+    """Losses agree with TRL's and all steps take the path asked for, or it would not end well."""
+    done = run("preference_step", *LITTLE, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"geometric mean \d+\.\d\d", lines[-1])
+    assert len([line for line in lines if ROW.fullmatch(line)]) == tables
+    assert not done.stderr
+
+
+def test_preference_step_on_real_lengths(real_data: Path) -> None:
+    done = run("preference_step", *LITTLE[:4], "--distributions", "--data-root", str(real_data), "--ranks", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("gsm8k_pairs", "llamafactory_dpo_en", "xstest"):
+        assert f"\n{name} " in done.stdout
