@@ -21,7 +21,8 @@ Each round has a batch of its own; round i draws from seed i modulo `--seeds`. C
 - `floor`: the share of the time that the least arithmetic would take (see `_floor`), ours and in brackets stock's, at
   the speed of a matrix product measured before each step.
 
-Losses must agree within 1e-5, and the tokens counted must be those of the path asked for at every step.
+Losses must agree to the rounding of the sums they are made of (3e-5), and the tokens counted must be those of the path
+asked for, at every step.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ from tests.harness import Ranks
 from tests.small import words, write_rows
 
 WARM = 3  # steps before the first that counts: the gate, ZeRO-3's trace, the optimizer's state
-SAME_LOSS = 1e-5
+# A completion of 250 tokens has about -2,300 nats under random weights, which fp32 holds to 1.2e-4; beta / 2 of the
+# errors of four such sums stands in the loss of either side.
+SAME_LOSS = 3e-5
 BOTH = ("stock", "ours")
 PATHS = ("shared", "packed", "plain")
 # A model this large gets shorter rows and fewer of them, so that a table is measured in minutes on two cores.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.forward_work import drop_segments, forget_prefixes, keep_doors  # noqa: F401  # harm by name
+
 
 def observed(argv: list[str], live: str, harm: str = "") -> int:
     """Run `align-kit argv…`; keep the trained model's logits on `probe_ids()` in `live` before it is saved.

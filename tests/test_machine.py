@@ -47,6 +47,26 @@ def test_half_a_launcher_is_refused(changes: dict[str, str | None], message: str
     assert "RANK" not in environ, "what is no rank may speak for itself"
 
 
+def faults_of_a_large_tensor(environ: dict[str, str]) -> int:
+    """Return how many pages a new process asks for to fill 64 MiB, prepared as a run is."""
+    code = (
+        "import os, resource\nfrom align_kit import machine\nmachine.prepare_process(os.environ)\nimport torch\n"
+        "count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "before = count()\ntorch.ones(1 << 24)\nprint(count() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def test_large_tensors_stand_on_huge_pages() -> None:
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.is_file() or "[madvise]" not in switch.read_text():
+        pytest.skip("this kernel gives huge pages to nobody, or to everybody")
+    pages = (1 << 26) // os.sysconf("SC_PAGE_SIZE")
+    assert faults_of_a_large_tensor({"THP_MEM_ALLOC_ENABLE": "0"}) > pages / 2
+    assert faults_of_a_large_tensor({}) < pages / 4
+
+
 def test_free_ports_are_free() -> None:
     import socket
 

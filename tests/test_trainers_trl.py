@@ -48,5 +48,6 @@ def test_first_step_is_trls(lab: Lab, tmp_path: Path, phase: str, shape: str) ->
         model=str(start), data=str(data), place=str(stock), per_device_train_batch_size=8,
         lr_scheduler_type="constant", warmup_steps=0, **step, **same,
     ).ok()  # fmt: skip
+    assert ours.manifest["forward"]["mode"] == "shared"
     assert ours.losses == pytest.approx(json.loads((stock / "losses.json").read_text()), rel=1e-5)
     assert relative_gap(ours.weights, read_weights(stock), read_weights(start)) < 1e-5

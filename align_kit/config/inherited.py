@@ -210,9 +210,7 @@ TRL_TRAINERS: dict[str, Row] = {
         "dtype, attn_implementation, model_revision, trust_remote_code, config_overrides",
         phases=TRL_FIVE,
     ),
-    "router_aux_loss_coef": refused(
-        "mixture-of-experts balancing is not built yet", "drop it", phases="pretrain sft dpo kto"
-    ),
+    "router_aux_loss_coef": honoured(US, phases="pretrain sft dpo kto"),
     "chat_template_path": honoured(US, phases=TEMPLATED),
     "eos_token": honoured(US, phases=TEMPLATED),
     "pad_token": honoured(US, phases="pretrain sft dpo reward orpo ppo"),

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_kit.forward import flex
 from align_kit.forward.segments import Segment, Segments
 
 PREFIX = "align_kit_"
+QUERIES = 96  # computed together on a CPU
 _walked: ContextVar[list[int] | None] = ContextVar("walked", default=None)
 
 
@@ -65,14 +67,17 @@ def walking() -> Iterator[list[int]]:
         _walked.reset(token)
 
 
-def walk(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return the last hidden states (N, H) that the trunk of a transformers `model` gives a packed row."""
+def walk(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return what the trunk of a transformers `model` gives for a packed row: `last_hidden_state` (1, N, H) and more.
+
+    Raises `CannotWalk` where not every layer attended by segments.
+    """
     layers = int(model.config.get_text_config().num_hidden_layers)
     with walking() as passed:
         output = model.base_model(**inputs)
     if len(passed) != layers:
         raise CannotWalk(f"{len(passed)} of its {layers} layers attend through transformers' attention interface")
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+    return output
 
 
 def _mask_or_none(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,17 +107,17 @@ def attend(
         raise CannotWalk("its attention adds a bias of its own, or is not causal")
     if "sliding_window" not in kwargs and getattr(getattr(module, "config", None), "sliding_window", None):
         raise CannotWalk("its attention is not told of the sliding window")
-    how = {
-        "dropout": kwargs.get("dropout") or 0.0,
-        "scale": kwargs.get("scaling"),
-        "window": kwargs.get("sliding_window"),
-    }
-    capped, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    one: Callable[..., Tensor] = _sdpa  # which has neither
-    if capped is not None or sinks is not None:
-        one = partial(_eager, softcap=capped, sinks=sinks)
-    out = by_segments(one, query, key, value, segments, **how)
-    return out.transpose(1, 2), None
+    dropout = kwargs.get("dropout") or 0.0
+    how = {"scale": kwargs.get("scaling"), "window": kwargs.get("sliding_window")}
+    extras: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    if not dropout and flex.usable(query, key, scale=how["scale"], **extras):
+        out = flex.attend(query, key, value, segments, **how, **extras)
+        return out.transpose(1, 2).contiguous(), None  # some models view it
+    one: Callable[..., Tensor] = _sdpa  # which has no extras
+    if any(extra is not None for extra in extras.values()):
+        one = partial(_eager, **extras)
+    out = by_segments(one, query, key, value, segments, dropout=dropout, **how)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -144,14 +149,29 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, segment: Segment, segments: Segments,
     *, dropout: float, scale: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    windowed = window is not None and key.shape[2] > window
-    mask = None
-    if segment.prefix or windowed:
-        mask = _mask(segment, segments, window if windowed else None, query)
-    grouped = query.shape[1] != key.shape[1]
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
+    parts = []
+    for start, stop in _blocks(segment, query.device):
+        seen = segment.prefix + stop
+        first = 0 if window is None else max(0, segment.prefix + start - window + 1)
+        mask = None
+        if start or segment.prefix or (window is not None and seen > window):
+            mask = _mask(stop - start, seen - first, window, segments, query)
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, start:stop], key[:, :, first:seen], value[:, :, first:seen], attn_mask=mask,
+                dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+            )  # fmt: skip
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _blocks(segment: Segment, device: torch.device) -> list[tuple[int, int]]:
+    """Return the queries of a segment in runs that are computed each over no more keys than its last one sees.
+
+    torch's kernel for CPUs computes all of up to 512 keys for every query, causal or not.
+    """
+    size = QUERIES if device.type == "cpu" and segment.prefix + segment.length > 2 * QUERIES else segment.length
+    return [(start, min(start + size, segment.length)) for start in range(0, segment.length, size)]
 
 
 def _eager(
@@ -164,7 +184,7 @@ def _eager(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _mask(segment, segments, window, query)
+    scores = scores + _mask(query.shape[2], key.shape[2], window, segments, query)
     if sinks is not None:
         scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -173,16 +193,16 @@ def _eager(
     return torch.nn.functional.dropout(weights, dropout) @ value
 
 
-def _mask(segment: Segment, segments: Segments, window: int | None, like: Tensor) -> Tensor:
-    """Return what is added to the scores of a segment's tokens over prefix and segment: 0 where they may look.
+def _mask(queries: int, seen: int, window: int | None, segments: Segments, like: Tensor) -> Tensor:
+    """Return what is added to the scores of `queries` tokens over the `seen` ones up to the last: 0 where they look.
 
     The last token sees everything (a window: the last `window` tokens, itself included), the one before one less.
     """
-    key = (segment.length, segment.prefix, window, like.dtype, like.device)
+    key = (queries, seen, window, like.dtype, like.device)
     if key not in segments.memo:
-        shape = (segment.length, segment.prefix + segment.length)
-        seen = torch.ones(shape, dtype=torch.bool, device=like.device).tril(segment.prefix)
+        shown = torch.ones((queries, seen), dtype=torch.bool, device=like.device).tril(seen - queries)
         if window is not None:
-            seen = seen.triu(segment.prefix - window + 1)
-        segments.memo[key] = torch.zeros(shape, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
+            shown = shown.triu(seen - queries - window + 1)
+        hidden = torch.zeros(shown.shape, dtype=like.dtype, device=like.device)
+        segments.memo[key] = hidden.masked_fill(~shown, float("-inf"))
     return segments.memo[key]  # type: ignore[no-any-return]

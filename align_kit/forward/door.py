@@ -20,6 +20,7 @@ from align_kit.forward import attention
 from align_kit.forward.attention import CannotWalk
 from align_kit.forward.head import Answer, Ask, Scaling, read_tokens
 from align_kit.forward.layout import Pack, pack_rows
+from align_kit.forward.routers import has_router_loss, router_loss
 
 SHARED, PACKED, PLAIN = "shared", "packed", "plain"
 WHY = {
@@ -56,11 +57,12 @@ class Choice:
 
 
 class Walked(NamedTuple):
-    """What a walked model gave: what its head says of the tokens asked for, or a score or the last state of each
-    sequence (B; B, H).
+    """What a walked model gave: what its head says of the tokens asked for and what its routers owe, or a score or
+    the last state of each sequence (B; B, H).
     """
 
     tokens: Answer | None = None
+    router_loss: Tensor | None = None
     scores: Tensor | None = None
     states: Tensor | None = None
 
@@ -74,6 +76,8 @@ def choose(model: Any, *, trains: bool, asked: str = "auto") -> Choice:
     if asked == PLAIN:
         return Choice(PLAIN, WHY[PLAIN])
     try:
+        if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+            raise CannotWalk("its adapter puts tokens before every sequence")
         for part in walkable(model):
             _check(part)
     except CannotWalk as reason:
@@ -166,18 +170,21 @@ class _Walk:
     ) -> Any:
         if pack is None:
             return self.plain(*args, **kwargs)
-        hidden_NH = pack.walk(self.model)
+        routers = kwargs.get("output_router_logits", False)  # else none, whatever the configuration asks for
+        trunk = pack.trunk_of(self.model, **({"output_router_logits": routers} if has_router_loss(self.model) else {}))
+        hidden_NH = trunk.last_hidden_state[0]
         if ask is None:
             assert pack.last_B is not None
             hidden_BH = hidden_NH[pack.last_B]
             if states:
                 return Walked(states=hidden_BH)
             return Walked(scores=self.model.score(hidden_BH).squeeze(-1).float())
+        owed = router_loss(self.model, trunk.router_logits, pack.weights_N) if routers else None
         head = self.model.get_output_embeddings()
         hidden_PH = hidden_NH[pack.at_P]
         if isinstance(head.forward, _Head):  # through the module's own call, which gathers its weight under ZeRO-3
-            return Walked(tokens=head(hidden_PH, ask=ask, scaling=self.scaling))
-        return Walked(tokens=read_tokens(head, hidden_PH, ask, self.scaling))
+            return Walked(head(hidden_PH, ask=ask, scaling=self.scaling), owed)
+        return Walked(read_tokens(head, hidden_PH, ask, self.scaling), owed)
 
 
 class _Head:
@@ -212,14 +219,22 @@ def _check(model: Any) -> None:
     taken = inspect.signature(model.base_model.forward).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         raise CannotWalk(f"the trunk of {type(model).__name__} does not hand arguments on to its attention")
+    if "position_ids" not in taken:
+        raise CannotWalk(f"the trunk of {type(model).__name__} is not told positions, it counts them")
     if model.get_output_embeddings() is None and not isinstance(getattr(model, "score", None), nn.Module):
         raise CannotWalk(f"{type(model).__name__} has neither a language-model head nor one named score")
+    ends = (model.base_model, model.get_output_embeddings() or model.score)
+    children = {name: child for name, child in model.named_children() if child not in ends}
+    between = [name for name, child in children.items() if next(child.parameters(), None) is not None]
+    if between:
+        raise CannotWalk(f"{type(model).__name__} has {', '.join(between)} beside its trunk and its head")
 
 
 def _dropout(model: nn.Module) -> float:
     """Return the greatest dropout that is on while `model` trains."""
     found = [float(m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
-    found += [float(getattr(m, "attention_dropout", 0.0) or 0.0) for m in model.modules()]
+    kept = [getattr(m, name, None) for m in model.modules() for name in ("attention_dropout", "dropout")]
+    found += [p for p in kept if isinstance(p, float)]  # no module of their own
     return max(found, default=0.0)
 
 
@@ -249,6 +264,19 @@ def settle(model: Any, answer: Callable[[], Tensor]) -> str | None:
         why = str(reason)
     door.__init__(asked if why is None else PLAIN)  # type: ignore[misc]  # the trial does not count
     return why
+
+
+def with_relatives(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rows of a batch, and each once more with its second half turned round.
+
+    A check on rows that have nothing in common would not see what sharing does.
+    """
+    turned_BT = batch["input_ids"].clone()
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        turned_BT[row, length // 2 : length] = turned_BT[row, length // 2 : length].flip(0)
+    names = [name for name in ("attention_mask", "loss_mask") if name in batch]
+    twice = {name: torch.cat([batch[name], batch[name]]) for name in names}
+    return {"input_ids": torch.cat([batch["input_ids"], turned_BT]), **twice}
 
 
 def _differ(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> tuple[float, float]:

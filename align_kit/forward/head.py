@@ -8,14 +8,17 @@ Shapes: P predictions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Logits in a chunk: 64 MB in fp32 on a CPU; more where large matrix products are what a device is fast at.
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
+NEAR = 1 << 18  # logits that a CPU's cache holds: 1 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,21 @@ def _answered(logits_PV: Tensor, ask: Ask) -> Answer:
 
 
 def _scaled(logits_PV: Tensor, scaling: Scaling, temperature: float) -> Tensor:
-    """Turn what the head gave into the logits of the tempered distribution; in place where no gradient is taken."""
+    """Turn what the head gave into the logits of the tempered distribution."""
     if scaling.factor != 1.0:
         logits_PV = logits_PV * scaling.factor
     if scaling.cap is not None:
         logits_PV = scaling.cap * torch.tanh(logits_PV / scaling.cap)
     return logits_PV / temperature if temperature != 1.0 else logits_PV
+
+
+def _scale_(logits_PV: Tensor, scaling: Scaling, temperature: float) -> Tensor:
+    """Do the same in the memory of `logits_PV`."""
+    if scaling.factor != 1.0:
+        logits_PV *= scaling.factor
+    if scaling.cap is not None:
+        logits_PV.div_(scaling.cap).tanh_().mul_(scaling.cap)
+    return logits_PV.div_(temperature) if temperature != 1.0 else logits_PV
 
 
 class _Chunked(torch.autograd.Function):
@@ -110,24 +122,17 @@ class _Chunked(torch.autograd.Function):
         top1_P = torch.empty(count, dtype=torch.bool, device=hidden_PH.device)
         kept = None
         for cut in _cuts(count, rows):
-            kept = logits_PV = _logits(hidden_PH[cut], weight_VH, bias_V, scaling, ask.temperature)
-            greatest_P1 = logits_PV.amax(1, keepdim=True)
-            mine_P = logits_PV.gather(1, ask.targets_P[cut, None]).squeeze(1)
-            probabilities_PV = (logits_PV - greatest_P1).exp_()
-            sums_P = probabilities_PV.sum(1)
-            total_P[cut] = sums_P.log() + greatest_P1.squeeze(1)
-            logps_P[cut] = mine_P - total_P[cut]
-            top1_P[cut] = mine_P >= greatest_P1.squeeze(1)
-            if ask.log_sum_sq:
-                squares_P[cut] = probabilities_PV.square().sum(1).log() - 2 * sums_P.log()
-            if ask.entropy:
-                entropy_P[cut] = total_P[cut] - (probabilities_PV.mul_(logits_PV)).sum(1) / sums_P
+            kept = None  # before the next chunk takes its memory
+            kept = _logits(hidden_PH[cut], weight_VH, bias_V, scaling, ask.temperature)
+            for at, near_PV in _near(kept, cut):
+                logps_P[at], top1_P[at], total_P[at], entropy_P[at], squares_P[at] = _read(near_PV, ask, at)
         ctx.save_for_backward(hidden_PH, weight_VH, bias_V, total_P, entropy_P)
         ctx.kept, ctx.ask, ctx.scaling, ctx.rows = kept, ask, scaling, rows
         ctx.mark_non_differentiable(top1_P, squares_P)
         return logps_P, top1_P, entropy_P, squares_P
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_PH, weight_VH, bias_V, total_P, entropy_P = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -141,11 +146,10 @@ class _Chunked(torch.autograd.Function):
             logits_PV, ctx.kept = ctx.kept, None
             if logits_PV is None:
                 logits_PV = _logits(hidden_PH[cut], weight_VH, bias_V, ctx.scaling, ctx.ask.temperature)
-            into_logits_PV = _into_logits(
-                logits_PV, total_P[cut], ctx.ask, cut, by_logps_P[cut],
-                (by_entropy_P[cut], entropy_P[cut]) if ctx.ask.entropy else None, ctx.scaling,
-            )  # fmt: skip
-            into_logits_PV = into_logits_PV.to(weight_VH.dtype)
+            for at, near_PV in _near(logits_PV, cut):
+                by_entropy = (by_entropy_P[at], entropy_P[at]) if ctx.ask.entropy else None
+                _differentiate_(near_PV, total_P[at], ctx.ask, at, by_logps_P[at], by_entropy, ctx.scaling)
+            into_logits_PV = logits_PV.to(weight_VH.dtype)
             if into_hidden_PH is not None:
                 torch.mm(into_logits_PV, weight_VH, out=into_hidden_PH[cut])
             if into_weight_VH is not None:
@@ -155,6 +159,7 @@ class _Chunked(torch.autograd.Function):
                     into_weight_VH += into_logits_PV.t() @ hidden_PH[cut]
             if into_bias_V is not None:
                 into_bias_V += into_logits_PV.sum(0, dtype=into_bias_V.dtype)
+            del logits_PV, into_logits_PV  # before the next chunk takes its memory
         found = (into_hidden_PH, into_weight_VH, into_bias_V)
         narrowed = (g if g is None else g.to(weight_VH.dtype) for g in found)
         return (*narrowed, None, None, None)
@@ -168,14 +173,39 @@ def _cuts(count: int, rows: int) -> list[slice]:
     return [slice(at, min(at + rows, count)) for at in range(0, count, rows)]
 
 
+def _near(logits_PV: Tensor, cut: slice) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a chunk; on a CPU a few at a time: what is done to them in turn finds them in its cache."""
+    rows = max(1, NEAR // max(1, logits_PV.shape[1])) if logits_PV.device.type == "cpu" else max(1, len(logits_PV))
+    for at in range(0, len(logits_PV), rows):
+        some_PV = logits_PV[at : at + rows]
+        yield slice(cut.start + at, cut.start + at + len(some_PV)), some_PV
+
+
 def _logits(
     hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scaling: Scaling, temperature: float
 ) -> Tensor:
     logits_PV = hidden_PH @ weight_VH.t() if bias_V is None else torch.addmm(bias_V, hidden_PH, weight_VH.t())
-    return _scaled(logits_PV.to(_wide(logits_PV.dtype)), scaling, temperature)
+    return _scale_(logits_PV.to(_wide(logits_PV.dtype)), scaling, temperature)
 
 
-def _into_logits(
+def _read(logits_PV: Tensor, ask: Ask, cut: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return of a chunk, by row: log p of the token, whether it is the most probable, logsumexp, entropy, squares.
+
+    What was not asked for stands as something else.
+    """
+    greatest_P1 = logits_PV.amax(1, keepdim=True)
+    mine_P = logits_PV.gather(1, ask.targets_P[cut, None]).squeeze(1)
+    probabilities_PV = (logits_PV - greatest_P1).exp_()  # not yet divided by their sum
+    sums_P = probabilities_PV.sum(1)
+    total_P = entropy_P = squares_P = sums_P.log() + greatest_P1.squeeze(1)
+    if ask.log_sum_sq:
+        squares_P = 2 * (torch.linalg.vector_norm(probabilities_PV, dim=1).log() - sums_P.log())
+    if ask.entropy:
+        entropy_P = total_P - probabilities_PV.mul_(logits_PV).sum(1) / sums_P
+    return mine_P - total_P, mine_P >= greatest_P1.squeeze(1), total_P, entropy_P, squares_P
+
+
+def _differentiate_(
     logits_PV: Tensor,
     total_P: Tensor,
     ask: Ask,
@@ -183,11 +213,11 @@ def _into_logits(
     by_logps_P: Tensor,
     by_entropy: tuple[Tensor, Tensor] | None,
     scaling: Scaling,
-) -> Tensor:
-    """Return the gradient at what the head gave, in the memory of `logits_PV`."""
+) -> None:
+    """Put the gradient at what the head gave in the place of `logits_PV`."""
     slope_PV = None
     if scaling.cap is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
-        slope_PV = 1 - (logits_PV * (ask.temperature / scaling.cap)).square_()
+        slope_PV = (logits_PV * (ask.temperature / scaling.cap)).square_().neg_().add_(1)
     logits_PV -= total_P[:, None]  # log p
     if by_entropy is None:
         into_PV = logits_PV.exp_().mul_(-by_logps_P[:, None])
@@ -199,4 +229,5 @@ def _into_logits(
     if slope_PV is not None:
         into_PV *= slope_PV
     constant = scaling.factor / ask.temperature
-    return into_PV if constant == 1.0 else into_PV.mul_(constant)
+    if constant != 1.0:
+        into_PV *= constant

@@ -1,9 +1,10 @@
 """From a padded batch to one row without padding, in which sequences with a common prefix compute it once.
 
 The row is a list of segments. A sequence that shares nothing is one segment. Of sequences that begin alike the first
-stands whole (the head of its group); each further one adds a segment with what differs, which continues the first
-tokens of the head. What is common is found by comparing tokens, so that nothing has to be declared and nothing can be
-declared wrongly: chosen and rejected, G completions of one prompt, and rows under one long system prompt are the same.
+stands whole (a head), and a later one too where others save more by it than it costs, as prompts under one system
+prompt; each further one adds a segment with what differs, which continues the first tokens of a head. What is common
+is found by comparing tokens, so that nothing has to be declared and nothing can be declared wrongly: chosen and
+rejected, G completions of one prompt, and rows under one long system prompt are the same.
 
 Tokens from which nothing is read (the last of a completion, a row without loss) are left out: a causal model computes
 the others without them.
@@ -13,7 +14,7 @@ Shapes: B sequences, T tokens (padded on the right), N tokens of the row, P pred
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,8 +54,12 @@ class Pack:
 
     def walk(self, model: Any) -> Tensor:
         """Return the last hidden states (N, H) that the trunk of a transformers model (its `base_model`) gives."""
+        return self.trunk_of(model).last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def trunk_of(self, model: Any, **asked: Any) -> Any:
+        """Return all that the trunk gives; `asked` goes to its forward."""
         inputs = {"input_ids": self.ids_1N, "position_ids": self.positions_1N, "attention_mask": None}
-        return attention.walk(model, {**inputs, "use_cache": False, "segments": self.segments})
+        return attention.walk(model, {**inputs, "use_cache": False, "segments": self.segments, **asked})
 
     def spread(self, values_P: Tensor, fill: float | bool = 0.0) -> Tensor:
         """Return a number per prediction where the batch has the token it comes before: B, T - 1, else `fill`."""
@@ -79,12 +84,13 @@ def pack_rows(
     that predict nothing, and tells each sequence's last one: the rightmost that is not the token `last_not`, where
     that is given. Without "loss_mask" nothing is predicted. What was packed before is found again.
     """
-    loss_mask = batch.get("loss_mask")
-    kept = _packs.setdefault(batch["input_ids"], {})
-    key = (share, whole, last_not, id(loss_mask))
-    if key not in kept:
-        kept[key] = _packed(batch["input_ids"], batch["attention_mask"], loss_mask, share, whole, last_not)
-    return kept[key]  # type: ignore[no-any-return]
+    ids, attention, loss_mask = batch["input_ids"], batch["attention_mask"], batch.get("loss_mask")
+    kept = _packs.setdefault(ids, {})
+    masks, pack = kept.get(key := (share, whole, last_not), (None, None))
+    if masks is None or masks[0] is not attention or masks[1] is not loss_mask:
+        pack = _packed(ids, attention, loss_mask, share, whole, last_not)
+        kept[key] = (attention, loss_mask), pack
+    return pack  # type: ignore[no-any-return]
 
 
 _packs: Any = WeakIdKeyDictionary()  # a batch is packed once for policy, reference and checks, and forgotten with it
@@ -128,21 +134,31 @@ def _packed(
 def _lay(rows: Sequence[NDArray[Any]], columns_T: NDArray[Any], share: bool) -> tuple[Segments, NDArray[np.int64]]:
     """Return the segments of `rows` one after the other, and the place of each token (B, T; -1 where there is none)."""
     place_BT = np.full((len(rows), len(columns_T)), -1, np.int64)
-    heads: dict[bytes, list[tuple[int, int]]] = {}  # by their first tokens: row and start of each
+    starts: list[int] = []
     found, end = [], 0
-    for number, row in enumerate(rows):
-        group = heads.setdefault(row[:MIN_SHARED].tobytes(), [])
-        prefix, head = max(((_common(rows[other], row), start) for other, start in group), default=(0, end))
-        if not share or prefix < MIN_SHARED:
-            prefix, head = 0, end
-            group.append((number, end))
-        own = len(row) - prefix
+    continued = _continued(rows) if share else ((number, 0) for number in range(len(rows)))
+    for number, (row, (other, prefix)) in enumerate(zip(rows, continued, strict=True)):
+        starts.append(end)
+        head, own = starts[other], len(row) - prefix
         place_BT[number, :prefix] = head + columns_T[:prefix]
         place_BT[number, prefix : len(row)] = end + columns_T[:own]
         if own:
             found.append(Segment(end, own, head, prefix))
         end += own
     return Segments(tuple(found)), place_BT
+
+
+def _continued(rows: Sequence[NDArray[Any]]) -> Iterator[tuple[int, int]]:
+    """Yield for each row the earlier one it continues and for how many tokens: itself and 0 where it stands whole."""
+    head_B, shared_B = np.arange(len(rows)), np.zeros(len(rows), np.int64)
+    for number, row in enumerate(rows):
+        common_B = np.array([_common(row, later) for later in rows[number + 1 :]], np.int64)
+        gains_B = np.maximum(common_B * (common_B >= MIN_SHARED) - shared_B[number + 1 :], 0)
+        if gains_B.sum() > shared_B[number] or not shared_B[number]:
+            head_B[number], shared_B[number] = number, 0
+            head_B[number + 1 :][gains_B > 0] = number
+            shared_B[number + 1 :] += gains_B
+        yield int(head_B[number]), int(shared_B[number])
 
 
 def _common(one: NDArray[Any], other: NDArray[Any]) -> int:

@@ -7,15 +7,16 @@ of the input, so results have T - 1 columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align_kit.forward.door import pack_for
+from align_kit.forward.door import pack_for, walkable
 from align_kit.forward.head import Answer, Ask
 from align_kit.forward.layout import Pack
+from align_kit.forward.routers import router_loss
 from align_kit.losses import log_sum_sq_probs
 
 
@@ -25,7 +26,8 @@ class TokenLogps:
 
     `logps_BT`: log p(token t + 1 | tokens up to t), 0 where masked; `mask_BT`: True where the token counts;
     `top1_BT`: whether the token was the most probable one; `log_sum_sq_BT`: log of the summed squared probabilities,
-    where asked for; `entropy_BT`: the entropy (nats) of the distribution the token was drawn from, where asked for.
+    where asked for; `entropy_BT`: the entropy (nats) of the distribution the token was drawn from, where asked for;
+    `router_loss`: what the routers of a mixture of experts owe for the whole batch (`losses.balance`), where asked for.
     """
 
     logps_BT: Tensor
@@ -33,9 +35,10 @@ class TokenLogps:
     top1_BT: Tensor
     log_sum_sq_BT: Tensor | None = None
     entropy_BT: Tensor | None = None
+    router_loss: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> TokenLogps:
-        """Return the sequences from `start` up to `stop`."""
+        """Return the sequences from `start` up to `stop`; what the routers owe is the batch's and stays with it."""
         def cut(values_BT: Tensor | None) -> Tensor | None:
             return None if values_BT is None else values_BT[start:stop]
 
@@ -55,22 +58,24 @@ def token_logps(
     log_sum_sq: bool = False,
     entropy: bool = False,
     temperature: float = 1.0,
+    routers: bool = False,
 ) -> TokenLogps:
     """Run `model` on `batch` ("input_ids", "attention_mask", "loss_mask", all B x T) and read off the tokens.
 
-    The model is walked as its door says (`forward.door`); what comes back is the same either way.
+    The model is walked as its door says (`forward.door`); what comes back is the same either way. `routers` asks a
+    mixture of experts for its `router_loss`.
     """
     asked: dict[str, Any] = {"log_sum_sq": log_sum_sq, "entropy": entropy, "temperature": temperature}
-    pack = pack_for(model, batch)
-    if pack is None:
-        output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return read_logps(output.logits, batch, **asked)
-    output = model(pack=pack, ask=Ask(pack.targets_P, **asked))
-    return spread(output.tokens, pack, batch)
+    return _run(model, batch, asked, routers)[0]
 
 
 def tokens_and_values(
-    model: nn.Module, batch: Mapping[str, Tensor], *, entropy: bool = False, temperature: float = 1.0
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    routers: bool = False,
 ) -> tuple[TokenLogps, Tensor]:
     """Return the same of a policy, and of the value function beside it the values (B, T - 1), 0 where masked.
 
@@ -78,13 +83,29 @@ def tokens_and_values(
     `models.policy_and_value.PolicyAndValue`.
     """
     asked: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
-    pack = pack_for(model, batch)
+    tokens, output, pack = _run(model, batch, asked, routers, role="both")
     if pack is None:
-        output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], role="both")
-        tokens = read_logps(output.logits, batch, **asked)
         return tokens, output.values[:, :-1].masked_fill(~tokens.mask_BT, 0.0)
-    output = model(pack=pack, ask=Ask(pack.targets_P, **asked), role="both")
-    return spread(output.tokens, pack, batch), pack.spread(output.values)
+    return tokens, pack.spread(output.values)
+
+
+def _run(
+    model: nn.Module, batch: Mapping[str, Tensor], asked: Mapping[str, Any], routers: bool, **how: Any
+) -> tuple[TokenLogps, Any, Pack | None]:
+    """Run `model` as its door says; return what it says of the tokens, all it gave, and the pack it was given."""
+    pack = pack_for(model, batch, whole=routers)  # routers see every token, what it is followed by or not
+    if routers:
+        how["output_router_logits"] = True
+    if pack is not None:
+        output: Any = model(pack=pack, ask=Ask(pack.targets_P, **asked), **how)
+        tokens = spread(output.tokens, pack, batch)
+        return replace(tokens, router_loss=output.router_loss if routers else None), output, pack
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **how)
+    tokens = read_logps(output.logits, batch, **asked)
+    if routers:
+        mixture = next(walkable(getattr(model, "module", model)))
+        tokens = replace(tokens, router_loss=router_loss(mixture, output.router_logits, batch["attention_mask"]))
+    return tokens, output, None
 
 
 def spread(tokens: Answer, pack: Pack, batch: Mapping[str, Tensor]) -> TokenLogps:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from align_kit.forward.door import pack_for
 
 
-def sequence_scores(model: nn.Module, batch: Mapping[str, Tensor], **role: str) -> Tensor:
+def sequence_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the score of each row (B, in fp32) of `batch` ("input_ids", "attention_mask": B, T).
 
-    `model` is a sequence classifier with one label, or a module that holds one under `role`. The last token is the
-    rightmost that is not its padding token, as in plain transformers, so that its own forward gives the same scores.
+    `model` is a sequence classifier with one label. The last token is the rightmost that is not its padding token, as
+    in plain transformers, so that its own forward gives the same scores.
     """
     inside: Any = getattr(model, "module", model)
     pack = pack_for(model, batch, whole=True, last_not=inside.config.get_text_config().pad_token_id)
     if pack is not None:
-        return model(pack=pack, **role).scores  # type: ignore[no-any-return]
+        return model(pack=pack).scores  # type: ignore[no-any-return]
     output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return output.logits.squeeze(-1).float()  # type: ignore[no-any-return]
 

@@ -69,17 +69,20 @@ class Site:
         batches = [completions_batch([row], self.tokenizer.pad_token_id) for row in chosen]
         return [{name: tensor.to(_device()) for name, tensor in batch.items()} for batch in batches]
 
-    def walked(self, model: Any, place: Callable[[], nn.Module]) -> nn.Module:
-        """Open `model` for the run's way of computing batches, `place` it, and check the way on a few of its rows."""
+    def walked(self, model: Any, place: Callable[[], nn.Module], words: Any) -> nn.Module:
+        """Open `model` for the run's way of computing batches, `place` it, and check the way on a few of its rows.
+
+        `words` is the tokenizer the model reads.
+        """
         choice = door.choose(model, trains=False)
         forced = self.forward in (door.PLAIN, door.PACKED) and choice.mode != door.PLAIN
         door.open_door(model, self.forward if forced else choice.mode)
         placed = place()
-        batch = self.first_rows()
-        answer = sequence_scores if model.get_output_embeddings() is None else _logps
-        why = door.settle(placed, lambda: answer(placed, batch)) if self.forward == "auto" else None
-        if why is not None:
-            log.warn(f"a frozen {type(model).__name__} computes plain: {why}")
+        if self.forward == "auto":
+            batch = door.with_relatives(_reworded(self.first_rows(), self.tokenizer, words))
+            answer = sequence_scores if model.get_output_embeddings() is None else _logps
+            if (why := door.settle(placed, lambda: answer(placed, batch))) is not None:
+                log.warn(f"a frozen {type(model).__name__} computes plain: {why}")
         return placed
 
     def first_rows(self) -> dict[str, Tensor]:
@@ -134,23 +137,26 @@ def load_reward(start: source.Source, identity: Identity, site: Site) -> RewardM
         probe = [_reworded(batch, site.tokenizer, words) for batch in site.probe()]
         model, error = _quantised(start, site, sequence_scores, probe, **ending)
         return RewardModel(_with_error(identity, error, "score"), model, words)
-    return RewardModel(identity, engine_of(start, site, offload=identity.placement == "offloaded", **ending), words)
+    offload = identity.placement == "offloaded"
+    return RewardModel(identity, engine_of(start, site, offload=offload, words=words, **ending), words)
 
 
 # --- sharded, offloaded -----------------------------------------------------------------------------------
 
 
-def engine_of(start: source.Source, site: Site, *, offload: bool = False, **loading: Any) -> nn.Module:
+def engine_of(
+    start: source.Source, site: Site, *, offload: bool = False, words: Any = None, **loading: Any
+) -> nn.Module:
     """Return the frozen model of `start`: a ZeRO-3 inference engine, or below stage 3 the model on this rank's device.
 
     `offload` keeps its shards in CPU memory; each layer is brought to the device as it computes. `loading` is laid
-    over the site's.
+    over the site's. `words` is its own tokenizer, where that is not the policy's.
     """
     config = zero.frozen_config(site.engine, site.hidden_size, offload=offload)
     with _built_under(config):
         model = freeze(load.load_policy(start, **{**site.loading, **loading}))
     zero.set_leaf_modules(model, moe.sparse_blocks, config)
-    return site.walked(model, lambda: _sharded(model, config))
+    return site.walked(model, lambda: _sharded(model, config), words or site.tokenizer)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Losses as pure functions of tensors: no model, no configuration.
 
 `language` has the token losses of pretraining and supervised fine-tuning; `preference` goes from a batch of pairs to
-its loss, and `pairwise` has each loss over a pair. `orpo`, `kto` and `reward` have the losses of their phases;
-`advantages` makes advantages of a scored rollout, `ppo` learns from them; between iterations `AdaptiveKL` and
-`RunningMoments` keep a few floats, the only state.
+its loss, and `pairwise` has each loss over a pair. `orpo`, `kto` and `reward` have the losses of their phases,
+`balance` what the routers of a mixture of experts add to them; `advantages` makes advantages of a scored rollout,
+`ppo` learns from them; between iterations `AdaptiveKL` and `RunningMoments` keep a few floats, the only state.
 Names and values are TRL's; each line carries the paper's equation.
 
 Shapes: B pairs or sequences, T tokens, V vocabulary. Log-probabilities are natural logarithms (nats).
@@ -23,6 +23,7 @@ from align_kit.losses.advantages import (
     token_kl,
     whiten,
 )
+from align_kit.losses.balance import balance_loss
 from align_kit.losses.kto import (
     KTO_LOSSES,
     UnpairedOutput,
@@ -69,6 +70,7 @@ __all__ = [
     "Tally",
     "UnpairedOutput",
     "ValueTerms",
+    "balance_loss",
     "baseline_of",
     "calibration_error",
     "calibration_tallies",

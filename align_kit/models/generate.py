@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_kit.models import load, source
+from align_kit.models import load, moe, source
 
 
 def open_model(folder: str | Path) -> tuple[Any, Any]:
@@ -58,6 +58,7 @@ def _one_batch(model: Any, tokenizer: Any, prompts: list[str], temperature: floa
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **moe.generating(model),
         **sampling,
     )
     return tokenizer.batch_decode(ids_BT[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

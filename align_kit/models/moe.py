@@ -53,6 +53,15 @@ def refuse_adapted_blocks(policy: nn.Module) -> None:
         )
 
 
+def generating(model: Any) -> dict[str, bool]:
+    """Return what `generate` must be told where the configuration asks for the routers' logits: not to.
+
+    transformers would balance one token's routers by the attention mask of all, which fails.
+    """
+    asked = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asked else {}
+
+
 def _counts(config: Mapping[str, Any]) -> Iterator[int]:
     """Yield the numbers of experts that a configuration and those nested in it name, where there are several."""
     for name, value in config.items():

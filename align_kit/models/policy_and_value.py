@@ -34,12 +34,15 @@ class Outcome(NamedTuple):
     """What a forward gave: the policy's logits (B, T, V), values (B, T), the scores of a reward role (B).
 
     Of a packed row: the policy's answers about tokens (`forward.head.Answer`), values where they are predicted (P).
+    Of a policy with routers, where asked for: their logits (a tensor a layer), or what they owe for a packed row.
     """
 
     logits: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
     tokens: Any = None
+    router_logits: Any = None
+    router_loss: Tensor | None = None
 
 
 class PolicyAndValue(nn.Module):
@@ -100,6 +103,7 @@ class PolicyAndValue(nn.Module):
         use_cache: bool = False,
         pack: Any = None,
         ask: Any = None,
+        output_router_logits: bool = False,
     ) -> Outcome:
         """Compute as `role`: "policy" (logits), "value" (values), "both", or the name of a shared reward model.
 
@@ -109,14 +113,15 @@ class PolicyAndValue(nn.Module):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if role in self.reward_heads:
             return Outcome(scores=self._scores(batch, role, pack))
-        logits = tokens = values = None
-        if role in ("policy", "both") and pack is not None:
-            tokens = self.policy(pack=pack, ask=ask).tokens
-        elif role in ("policy", "both"):
-            logits = self.policy(**batch).logits
+        outcome = Outcome()
+        if role in ("policy", "both"):
+            given = batch if pack is None else {"pack": pack, "ask": ask}
+            made = self.policy(**given, **({"output_router_logits": True} if output_router_logits else {}))
+            names = ("logits", "tokens", "router_logits", "router_loss")
+            outcome = Outcome(**{name: getattr(made, name, None) for name in names})
         if role in ("value", "both"):
-            values = self._values(batch, pack)
-        return Outcome(logits, values, tokens=tokens)
+            outcome = outcome._replace(values=self._values(batch, pack))
+        return outcome
 
     def _values(self, batch: dict[str, Any], pack: Any) -> Tensor:
         if self.value is not None:

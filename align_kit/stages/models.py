@@ -81,7 +81,7 @@ def forward(policy: Any, config: Config, args: Any, home: RunFolder) -> door.Cho
     except door.CannotWalk as reason:
         raise UserError(f"forward: {asked} is not for this model: {reason}; use auto, or plain") from None
     door.open_door(policy, choice.mode)
-    return choice
+    return door.Choice(choice.mode, recorded["why"]) if recorded else choice
 
 
 def frozen(

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from align_kit import log
 from align_kit.data.balance import balance, row_tokens
 from align_kit.errors import UserError
-from align_kit.forward.door import door_of, settle
-from align_kit.forward.logprobs import token_logps
+from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
 from align_kit.models.lora import TRAINED
+from align_kit.trainers.routers import charged, router_coefficient
+from align_kit.trainers.settle import SettleForward
 
 EXTRA_STATE = "align_kit_state.json"
 
@@ -103,10 +103,13 @@ class PhaseTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
         self.frozen = dict(frozen or {})
         self.tallies = Tallies()
+        self.router_coefficient = router_coefficient(args, self.model)
+        self._router_loss: Tensor | None = None  # of the micro-batch at hand
         self.tokens_computed = 0.0
         self.gates_passed = False
         self.settles_forward = True  # whether the way of computing batches was ours to choose
         self.note: Callable[..., None] = lambda **entries: None  # lays entries over the run's manifest
+        self.add_callback(SettleForward(self))
         self._epoch_iterator: Any = None
         self._batches_drawn = 0
         self.prepare()
@@ -143,6 +146,15 @@ class PhaseTrainer(Trainer):
         """Return the loss of one micro-batch; `step` holds `counts` summed over the whole optimizer step."""
         raise NotImplementedError
 
+    def token_logps(self, model: nn.Module, batch: Mapping[str, Tensor], **asked: Any) -> TokenLogps:
+        """Return `token_logps` of the model that is trained, for `batch_loss`; what its routers owe is charged."""
+        return self.charging(token_logps(model, batch, routers=self.router_coefficient != 0, **asked))
+
+    def charging(self, tokens: TokenLogps) -> TokenLogps:
+        """Let what the routers owe for these tokens be charged to the micro-batch at hand."""
+        self._router_loss = tokens.router_loss
+        return tokens
+
     def counts(self, batch: Mapping[str, Any]) -> list[int]:
         """Return what the step is normalised by; the first is the number of items (trained tokens, or pairs)."""
         raise NotImplementedError
@@ -177,7 +189,7 @@ class PhaseTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Return the training batches; the rows of a step are dealt so that all its micro-batches are as much work."""
         loader, args = super().get_train_dataloader(), self.args
-        if self.cut_is_free:
+        if self.cut_is_free and not self.router_coefficient:
             size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
             balance(loader, row_tokens(self.train_dataset), size, self.accelerator.num_processes, accumulation)
         return loader
@@ -197,32 +209,26 @@ class PhaseTrainer(Trainer):
             for frozen in self.frozen.values():
                 frozen.watch(self.accelerator.unwrap_model(model))
             if self.state.global_step == 0:
-                first = self._prepare_inputs(inputs)
-                self.settle_forward(model, first)
-                self.before_first_step(model, first)
+                self.before_first_step(model, self._prepare_inputs(inputs))
         self.tokens_computed += float(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def settle_forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Compute the first batch the chosen way and plain; where they disagree the run goes on plain and says so."""
-        if not self.settles_forward:
-            return
-        was_training = model.training
-        model.eval()  # two drawings of dropout never agree
-        why = settle(model, lambda: self.answers(model, batch))
-        model.train(was_training)
-        if why is not None:
-            log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
-            self.note(forward={"mode": door_of(model).mode, "why": why})
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outcome = self.batch_loss(model, inputs, num_items_in_batch)
+        outcome = self._charged_loss(model, inputs, num_items_in_batch)
         self.tallies.add(outcome.tallies)
         # The engine averages gradients over ranks; times world size makes that the sum the normaliser expects.
         loss = outcome.total * (self.accelerator.num_processes / num_items_in_batch[0].clamp(min=1))
         return (loss, None) if return_outputs else loss
+
+    def _charged_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
+        """Return `batch_loss` with what the routers of a mixture of experts owe."""
+        self._router_loss = None
+        outcome = self.batch_loss(model, batch, step)
+        if self._router_loss is None:
+            return outcome
+        return cast(BatchLoss, charged(outcome, self._router_loss, self.router_coefficient))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -356,7 +362,7 @@ class PhaseTrainer(Trainer):
         with torch.no_grad():
             step = self.evaluation_sums(self._evaluation_batches(dataloader))
             for batch in self._evaluation_batches(dataloader):
-                outcome = self.batch_loss(model, batch, step)
+                outcome = self._charged_loss(model, batch, step)
                 tallies.add({"loss": (outcome.total, outcome.items), **outcome.tallies})
         model.train(was_training)
         found = tallies.drain(self.accelerator)

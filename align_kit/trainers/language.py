@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from align_kit.data.collate import LanguageCollator
 from align_kit.errors import unknown
-from align_kit.forward.logprobs import TokenLogps, token_logps
+from align_kit.forward.logprobs import TokenLogps
 from align_kit.losses import LANGUAGE_LOSSES
 from align_kit.trainers.base import BatchLoss, PhaseTrainer
 
@@ -33,7 +33,7 @@ class Language(PhaseTrainer):
         self.token_loss = LANGUAGE_LOSSES[name]
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
-        tokens = token_logps(model, batch).rows(0, batch["keep"])
+        tokens = self.token_logps(model, batch).rows(0, batch["keep"])
         total, items = self.token_loss(tokens.logps_BT, tokens.mask_BT)
         return BatchLoss(total, items, accuracy(tokens))
 

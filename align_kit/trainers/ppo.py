@@ -275,7 +275,8 @@ class PPO(PhaseTrainer):
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         args = self.args
         asked: dict[str, Any] = {"temperature": args.temperature, "entropy": args.entropy_coef != 0}
-        tokens, values_BT = tokens_and_values(model, batch, **asked)
+        tokens, values_BT = tokens_and_values(model, batch, routers=self.router_coefficient != 0, **asked)
+        self.charging(tokens)
         mask_BT = tokens.mask_BT
         policy = policy_loss(tokens.logps_BT, batch["logps"], batch["advantages"], mask_BT, args.cliprange)
         value = value_loss(values_BT, batch["values"], batch["returns"], mask_BT, args.cliprange_value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align_kit.data.collate import PreferenceCollator
-from align_kit.forward.logprobs import TokenLogps, token_logps
+from align_kit.forward.logprobs import TokenLogps
 from align_kit.losses import (
     BATCH_COUPLED,
     Pairs,
@@ -69,7 +69,7 @@ class DPO(Paired):
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         pairs = len(batch["input_ids"]) // 2
         keep = batch["keep"]
-        policy = token_logps(model, batch, log_sum_sq=self.args.use_weighting)
+        policy = self.token_logps(model, batch, log_sum_sq=self.args.use_weighting)
         reference = self.frozen["reference"].token_logps(model, batch)
         if keep == 0:  # a batch of repeats: it ran for the other ranks' sake
             return BatchLoss(policy.logps_BT.sum() * 0, 0, dict.fromkeys(self._metric_names, (0.0, 0.0)))
@@ -103,7 +103,7 @@ class ORPO(Paired):
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         pairs, keep = len(batch["input_ids"]) // 2, batch["keep"]
-        policy = token_logps(model, batch)
+        policy = self.token_logps(model, batch)
         chosen, rejected = policy.rows(0, keep), policy.rows(pairs, pairs + keep)
         output = orpo_loss(
             chosen.logps_BT,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from align_kit.models import moe
 from align_kit.models.load import plain_transformers
 from align_kit.models.lora import TRAINED
 
@@ -126,7 +127,7 @@ class LocalWriter:
         written_BT = self.model.generate(
             input_ids=ids_BT, attention_mask=attention_BT, max_new_tokens=how.length, do_sample=False, num_beams=1,
             eos_token_id=list(how.ends), pad_token_id=how.pad, use_cache=True,
-            logits_processor=LogitsProcessorList([quantiles]),
+            logits_processor=LogitsProcessorList([quantiles]), **moe.generating(self.model),
         )[:, longest:]  # fmt: skip
         logps_BT = torch.stack(quantiles.logps, 1).tolist()
         return [_until_end(ids, logps, how.ends) for ids, logps in zip(written_BT.tolist(), logps_BT, strict=True)]

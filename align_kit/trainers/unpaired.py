@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from align_kit import log
 from align_kit.data.collate import BinaryCollator
 from align_kit.data.mismatch import with_mismatched
-from align_kit.forward.logprobs import token_logps
 from align_kit.losses import KTO_LOSSES, baseline_of, class_weights, kto_loss, kto_metrics
 from align_kit.trainers.base import BatchLoss, Known, PhaseTrainer
 from align_kit.trainers.reference import both_logps, check_identity
@@ -71,7 +70,7 @@ class KTO(PhaseTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         keep = batch["keep"]
-        policy_B = token_logps(model, batch).logps_BT.sum(1)[:keep]
+        policy_B = self.token_logps(model, batch).logps_BT.sum(1)[:keep]
         reference_B = self.frozen["reference"].token_logps(model, batch).logps_BT.sum(1)[:keep]
         assert step is not None, "the trainer tells the sums of the whole step, and of the whole evaluation"
         baseline = baseline_of(step[1], step[0]).to(policy_B.device)

@@ -1,0 +1,40 @@
+"""Before a run trains: whether the way its batches are computed gives what the plain way gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from align_kit import log
+from align_kit.forward.door import door_of, settle, with_relatives
+
+
+class SettleForward(TrainerCallback):
+    """Computes the first rows both ways once the engine stands; where they disagree the run goes on plain, and says so.
+
+    Before anything else is computed: an evaluation, KTO's baseline and PPO's first completions come before a step.
+    A run that goes on has settled, and one that was told the way is not asked (`PhaseTrainer.settles_forward`).
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.settles_forward or state.global_step > 0:
+            return
+        model, batch = self.trainer.model_wrapped, self._first_rows(args)
+        was_training = model.training
+        model.eval()  # two drawings of dropout never agree
+        why = settle(model, lambda: self.trainer.answers(model, batch))
+        model.train(was_training)
+        if why is not None:
+            log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
+            self.trainer.note(forward={"mode": door_of(model).mode, "why": why})
+
+    def _first_rows(self, args: Any) -> Any:
+        """Return some of this rank's rows and relatives of theirs, together about as many as a micro-batch has."""
+        rows, count = self.trainer.train_dataset, max(1, args.per_device_train_batch_size // 2)
+        places = [(args.process_index * count + place) % len(rows) for place in range(count)]
+        batch = self.trainer.data_collator([rows[place] for place in places])
+        return self.trainer._prepare_inputs(with_relatives(batch))
