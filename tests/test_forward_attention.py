@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from align_kit.forward import attention
 from align_kit.forward.attention import CannotWalk, attend, install, walking
 from align_kit.forward.door import open_door, pack_for, plainly
 from align_kit.forward.layout import pack_rows
@@ -128,6 +129,15 @@ def rows(draw: st.DrawFn) -> Segments:
 @given(rows(), st.sampled_from([None, 1, 2, 5]), st.sampled_from([None, 0.7]))
 def test_any_row(segments: Segments, window: int | None, softcap: float | None) -> None:
     assert_as_oracle(segments, 2, window=window, softcap=softcap)
+
+
+@settings(max_examples=60)
+@given(rows(), st.sampled_from([None, 1, 2, 5]), st.sampled_from([1, 2, 3]))
+def test_queries_go_in_blocks(segments: Segments, window: int | None, queries: int) -> None:
+    """A long segment is cut, and no block is given more keys than it sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERIES", queries)
+        assert_as_oracle(segments, 2, window=window)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -132,6 +132,12 @@ def test_a_policy_that_cannot_be_walked_goes_on_plain(lab: Lab, phase: str, harm
     assert_same(lab, phase, done, plain)
 
 
+@pytest.mark.parametrize("harm", HARM)
+def test_a_way_asked_for_by_name_that_is_wrong_is_a_mistake(lab: Lab, tmp_path: Path, harm: str) -> None:
+    tried = lab.start("dpo", tmp_path / "run", harm=harm, forward="shared", **options(lab, "dpo"))
+    assert "is not right for this model" in tried.result.error() and HARM[harm] in tried.result.error()
+
+
 def test_a_run_that_goes_on_computes_as_it_did(lab: Lab, tmp_path: Path) -> None:
     """It fell back before its checkpoint; afterwards nothing is tried again, though it now would succeed."""
     changes = {"save_strategy": "steps", "save_steps": 1}

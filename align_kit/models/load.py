@@ -247,8 +247,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in cast("Iterator[Any]", model.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # no module of its own in newer models
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "dropout"):  # not always a module of its own
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:

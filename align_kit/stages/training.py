@@ -72,7 +72,7 @@ def trainer(
         processing_class=words,
         frozen=frozen,
     )
-    made.settles_forward = config.run.forward == "auto"
+    made.forward_is_ours = config.run.forward == "auto"
     if args.process_index == 0:
         made.note = home.write
     made.remove_callback(PrinterCallback)

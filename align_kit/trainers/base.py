@@ -107,7 +107,7 @@ class PhaseTrainer(Trainer):
         self._router_loss: Tensor | None = None  # of the micro-batch at hand
         self.tokens_computed = 0.0
         self.gates_passed = False
-        self.settles_forward = True  # whether the way of computing batches was ours to choose
+        self.forward_is_ours = True  # whether the way of computing batches was ours to choose
         self.note: Callable[..., None] = lambda **entries: None  # lays entries over the run's manifest
         self.add_callback(SettleForward(self))
         self._epoch_iterator: Any = None

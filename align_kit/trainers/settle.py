@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from align_kit import log
+from align_kit.errors import UserError
 from align_kit.forward.door import door_of, settle, with_relatives
 
 
@@ -14,20 +15,23 @@ class SettleForward(TrainerCallback):
     """Computes the first rows both ways once the engine stands; where they disagree the run goes on plain, and says so.
 
     Before anything else is computed: an evaluation, KTO's baseline and PPO's first completions come before a step.
-    A run that goes on has settled, and one that was told the way is not asked (`PhaseTrainer.settles_forward`).
+    A run that goes on has settled. One that was told its way (`PhaseTrainer.forward_is_ours` is False) ends in a
+    `UserError` instead.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.trainer.settles_forward or state.global_step > 0:
+        if state.global_step > 0:
             return
         model, batch = self.trainer.model_wrapped, self._first_rows(args)
         was_training = model.training
         model.eval()  # two drawings of dropout never agree
         why = settle(model, lambda: self.trainer.answers(model, batch))
         model.train(was_training)
+        if why is not None and not self.trainer.forward_is_ours:
+            raise UserError(f"the forward asked for is not right for this model: {why}; use --forward auto, or plain")
         if why is not None:
             log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
             self.trainer.note(forward={"mode": door_of(model).mode, "why": why})
