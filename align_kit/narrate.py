@@ -11,7 +11,8 @@ from align_kit import frozen as frozen_models
 from align_kit import log, machine, run_folder
 from align_kit.config import BatchPlan, Config
 from align_kit.data.prepare import Prepared
-from align_kit.forward.door import Choice, door_of
+from align_kit.forward.choose import Choice
+from align_kit.forward.door import door_of
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.stages import Engine, Start

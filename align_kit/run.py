@@ -55,7 +55,7 @@ def execute(recipe: Recipe, config: Config) -> None:
         policy = stages.policy(recipe, start, tokenizer, config, args)
         derived = stages.derived(recipe, rows, policy, config, args, home)
         forward = stages.forward(policy, config, args, home)
-        frozen = stages.frozen(recipe, start, policy, tokenizer, rows, config, args, home)
+        frozen = stages.frozen(recipe, start, policy, tokenizer, rows, forward, config, args, home)
         stages.clear_home(home, config, start, args)
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
         narrate.record(recipe, config, home, start, rows, frozen, forward, derived, plan, args)

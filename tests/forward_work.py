@@ -25,7 +25,7 @@ def keep_doors(trainer: Any) -> None:
 
 def forget_prefixes(trainer: Any) -> None:
     """Let the policy attend as if nothing were shared: a completion without its prompt, values of the right shape."""
-    from align_kit.forward.door import walkable
+    from align_kit.forward.choose import walkable
     from align_kit.forward.segments import Segment, Segments
 
     def cut(pack: Any) -> Any:

@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from align_kit.forward.door import CannotWalk, choose, door_of, open_door
+from align_kit.forward.attention import CannotWalk
+from align_kit.forward.choose import choose
+from align_kit.forward.door import door_of, open_door
 from align_kit.forward.logprobs import token_logps, tokens_and_values
 from align_kit.forward.scores import last_states, sequence_scores
 from align_kit.frozen.hold import SharedReward
@@ -294,12 +296,14 @@ def test_a_reward_role_on_the_shared_base(start: Path, judge: Path) -> None:
 
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
 UNWALKED: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({}, "state along the row"),
-    "mamba2": ({"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1}, "state along the row"),
-    "falcon_mamba": ({}, "state along the row"),
-    "qwen3_next": (LINEAR, "state along the row"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "state along the row"),
+    "mamba": ({}, "not plain causal attention"),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1}, "not plain causal attention"),
+    "falcon_mamba": ({}, "not plain causal attention"),
+    "qwen3_next": (LINEAR, "not plain causal attention"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "not plain causal attention"),
     "llama4_text": ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention layers"),
+    "opt": ({"layerdrop": 0.1, "ffn_dim": 64}, "leaves layers out at random"),
+    "gpt2": ({"attn_implementation": "eager", "reorder_and_upcast_attn": True}, "an attention of its own"),
     "bloom": ({}, "does not use transformers' attention interface"),
     "mpt": ({"n_layers": 2, "d_model": 32, "n_heads": 4}, "does not use transformers' attention interface"),
     "bart": ({"encoder_layers": 1, "decoder_layers": 1, "d_model": 32}, "counts them"),
@@ -322,6 +326,20 @@ def test_models_that_are_not_walked(family: str) -> None:
     assert choose(model, trains=True, asked="plain").mode == "plain"
 
 
+@pytest.mark.parametrize("named", ["flash_attention_2", "kernels-community/flash-attn"])
+def test_kernels_that_know_no_segments_are_not_walked(named: str) -> None:
+    model = tiny("llama")
+    model.config._attn_implementation_internal = named
+    choice = choose(model, trains=False)
+    assert choice.mode == "plain" and f"attn_implementation {named} brings kernels" in choice.why
+
+
+def test_noise_that_goes_by_the_padded_length_is_not_packed() -> None:
+    choice = choose(tiny("llama"), trains=True, noise=5.0)
+    assert choice.mode == "plain" and "neftune_noise_alpha" in choice.why
+    assert choose(tiny("llama"), trains=True, noise=None).mode == "shared"
+
+
 def test_an_encoder_is_not_walked() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -336,7 +354,7 @@ def test_tokens_that_an_adapter_puts_in_front_are_not_walked() -> None:
     assert "puts tokens before" in choose(model, trains=True).why
 
 
-@pytest.mark.parametrize("where", ["adapter", "attention", "activations", "value"])
+@pytest.mark.parametrize("where", ["adapter", "attention", "activations", "value", "router"])
 def test_dropout_switches_off_sharing_alone(start: Path, where: str) -> None:
     """Copies of a prompt that differ by right cannot stand for one another; nothing else stands against packing."""
     model = {
@@ -344,6 +362,7 @@ def test_dropout_switches_off_sharing_alone(start: Path, where: str) -> None:
         "attention": lambda: tiny("llama", attention_dropout=0.05),
         "activations": lambda: tiny("gpt2", resid_pdrop=0.05),
         "value": lambda: policy_and_value(start, "separate"),
+        "router": lambda: tiny("mixtral", router_jitter_noise=0.05),
     }[where]()
     if where == "value":
         model.value.model.layers[0].self_attn.attention_dropout = 0.05

@@ -1,9 +1,9 @@
 """Attention over the segments of a packed row, behind transformers' attention interface.
 
-A head is one causal call; each further segment attends over the keys and values of its prefix and its own. No N x N
-mask exists. Position ids restart within a row, which transformers would read as unrelated packed sequences and cut a
-completion from its prompt in silence: while a row is walked, no mask of transformers is made, and an attention layer
-that was not told the segments is an error.
+A head is one causal call; each further segment attends over the keys and values of its prefix and its own. No mask
+of the whole row exists. Position ids restart within a row, which transformers would read as unrelated packed sequences
+and cut a completion from its prompt in silence: while a row is walked, no mask of transformers is made, and an
+attention layer that was not told the segments is an error.
 
 Shapes: N tokens of the row, D per head; queries, keys and values are 1 x heads x N x D, with as many or fewer heads
 of keys and values (GQA).
@@ -73,7 +73,7 @@ def walk(model: Any, inputs: dict[str, Any]) -> Any:
     Raises `CannotWalk` where not every layer attended by segments.
     """
     layers = int(model.config.get_text_config().num_hidden_layers)
-    with walking() as passed:
+    with walking() as passed, inputs["segments"].remembering():
         output = model.base_model(**inputs)
     if len(passed) != layers:
         raise CannotWalk(f"{len(passed)} of its {layers} layers attend through transformers' attention interface")
@@ -103,8 +103,9 @@ def attend(
         return _implementation(before, module)(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if passed is not None:  # None while activation checkpointing computes a layer again
         passed.append(1)
-    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
-        raise CannotWalk("its attention adds a bias of its own, or is not causal")
+    own = [attention_mask, kwargs.get("position_bias"), kwargs.get("indices")]
+    if any(one is not None for one in own) or not getattr(module, "is_causal", True):
+        raise CannotWalk("its attention has a mask or bias of its own, or is not causal")
     if "sliding_window" not in kwargs and getattr(getattr(module, "config", None), "sliding_window", None):
         raise CannotWalk("its attention is not told of the sliding window")
     dropout = kwargs.get("dropout") or 0.0

@@ -81,7 +81,7 @@ def _answered(logits_PV: Tensor, ask: Ask) -> Answer:
         probabilities_PV = (logits_PV - total_P[:, None]).exp()
         entropy_P = total_P - (probabilities_PV * logits_PV).sum(-1)
     with torch.no_grad():
-        top1_P = mine_P >= logits_PV.amax(-1)
+        top1_P = logits_PV.argmax(-1) == ask.targets_P
         if ask.log_sum_sq:
             squares_P = (2 * logits_PV).logsumexp(-1) - 2 * total_P
     return Answer(mine_P - total_P, top1_P, entropy_P, squares_P)
@@ -193,8 +193,9 @@ def _read(logits_PV: Tensor, ask: Ask, cut: slice) -> tuple[Tensor, Tensor, Tens
 
     What was not asked for stands as something else.
     """
-    greatest_P1 = logits_PV.amax(1, keepdim=True)
-    mine_P = logits_PV.gather(1, ask.targets_P[cut, None]).squeeze(1)
+    greatest_P1, place_P1 = logits_PV.max(1, keepdim=True)
+    targets_P1 = ask.targets_P[cut, None]
+    mine_P = logits_PV.gather(1, targets_P1).squeeze(1)
     probabilities_PV = (logits_PV - greatest_P1).exp_()  # not yet divided by their sum
     sums_P = probabilities_PV.sum(1)
     total_P = entropy_P = squares_P = sums_P.log() + greatest_P1.squeeze(1)
@@ -202,7 +203,7 @@ def _read(logits_PV: Tensor, ask: Ask, cut: slice) -> tuple[Tensor, Tensor, Tens
         squares_P = 2 * (torch.linalg.vector_norm(probabilities_PV, dim=1).log() - sums_P.log())
     if ask.entropy:
         entropy_P = total_P - probabilities_PV.mul_(logits_PV).sum(1) / sums_P
-    return mine_P - total_P, mine_P >= greatest_P1.squeeze(1), total_P, entropy_P, squares_P
+    return mine_P - total_P, (place_P1 == targets_P1).squeeze(1), total_P, entropy_P, squares_P
 
 
 def _differentiate_(

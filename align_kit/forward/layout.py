@@ -62,9 +62,9 @@ class Pack:
         return attention.walk(model, {**inputs, "use_cache": False, "segments": self.segments, **asked})
 
     def spread(self, values_P: Tensor, fill: float | bool = 0.0) -> Tensor:
-        """Return a number per prediction where the batch has the token it comes before: B, T - 1, else `fill`."""
+        """Return what each prediction has (P, ...) where the batch has its token: B, T - 1, ..., else `fill`."""
         rows, columns = self.shape
-        spread_BT = values_P.new_full((rows, max(columns - 1, 0)), fill)
+        spread_BT = values_P.new_full((rows, max(columns - 1, 0), *values_P.shape[1:]), fill)
         return spread_BT.index_put((self.rows_P, self.columns_P), values_P)
 
     @cached_property

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_kit.forward.door import pack_for, walkable
+from align_kit.forward.choose import walkable
+from align_kit.forward.door import pack_for
 from align_kit.forward.head import Answer, Ask
 from align_kit.forward.layout import Pack
 from align_kit.forward.routers import router_loss
@@ -89,6 +90,21 @@ def tokens_and_values(
     return tokens, pack.spread(output.values)
 
 
+def value_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what the value head of a `PolicyAndValue` reads before each predicted token: B, T - 1, H; else 0."""
+    pack = pack_for(model, batch)
+    if pack is not None:
+        return pack.spread(model(pack=pack, role="value", states=True).states)
+    ids_BT, attention_BT = batch["input_ids"], batch["attention_mask"]
+    output: Any = model(input_ids=ids_BT, attention_mask=attention_BT, role="value", states=True)
+    return output.states[:, :-1] * _predicted(batch)[..., None]  # type: ignore[no-any-return]
+
+
+def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return where a batch predicts a token that counts: B, T - 1."""
+    return batch["loss_mask"][:, 1:].bool() & batch["attention_mask"][:, 1:].bool()
+
+
 def _run(
     model: nn.Module, batch: Mapping[str, Tensor], asked: Mapping[str, Any], routers: bool, **how: Any
 ) -> tuple[TokenLogps, Any, Pack | None]:
@@ -115,7 +131,7 @@ def spread(tokens: Answer, pack: Pack, batch: Mapping[str, Tensor]) -> TokenLogp
 
     return TokenLogps(
         pack.spread(tokens.logps_P),
-        batch["loss_mask"][:, 1:].bool() & batch["attention_mask"][:, 1:].bool(),
+        _predicted(batch),
         pack.spread(tokens.top1_P, fill=False),
         laid(tokens.log_sum_sq_P),
         laid(tokens.entropy_P),
@@ -139,7 +155,7 @@ def read_logps(
     if temperature != 1.0:
         logits_BTV = logits_BTV.float() / temperature
     targets_BT = batch["input_ids"][:, 1:]
-    mask_BT = batch["loss_mask"][:, 1:].bool()
+    mask_BT = _predicted(batch)
     logps_BT = _selected(logits_BTV, targets_BT).masked_fill(~mask_BT, 0.0)
     with torch.no_grad():
         top1_BT = (logits_BTV.argmax(-1) == targets_BT) & mask_BT

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,15 @@ class Segments:
 
     items: tuple[Segment, ...]
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # masks, made once for all layers
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the masks made meanwhile for as long as a backward may need them: not at all without a gradient."""
+        before = dict(self.memo)
+        yield
+        if not torch.is_grad_enabled():
+            self.memo.clear()
+            self.memo.update(before)
 
     @property
     def total(self) -> int:

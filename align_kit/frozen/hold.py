@@ -12,6 +12,7 @@ from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.forward.scores import sequence_scores
 from align_kit.frozen.identity import Identity
 from align_kit.models import lora
+from align_kit.models.load import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -44,15 +45,11 @@ class Frozen:
         """
         import torch
 
-        with torch.no_grad():
-            if self.model is not None:
+        if self.model is not None:
+            with torch.no_grad():
                 return token_logps(self.model, batch, temperature=temperature)
-            was_training = policy.training
-            policy.eval()
-            with lora.adapter_active(policy, self.adapter):
-                result = token_logps(policy, batch, temperature=temperature)
-            policy.train(was_training)
-            return result
+        with evaluating(policy), lora.adapter_active(policy, self.adapter):
+            return token_logps(policy, batch, temperature=temperature)
 
     # --- whether it is what it was ---
 

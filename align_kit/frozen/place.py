@@ -11,7 +11,8 @@ from align_kit import log, zero
 from align_kit.data.prepare import Split
 from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
-from align_kit.forward import door
+from align_kit.forward import choose, door
+from align_kit.forward.agree import settle, with_relatives
 from align_kit.forward.logprobs import token_logps
 from align_kit.forward.scores import sequence_scores
 from align_kit.frozen.choice import Room, measure
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 REFERENCE_ADAPTER = "reference"
 PROBE_ROWS = 32
-CHECKED_ROWS = 8  # computed both ways where a frozen model is opened
+CHECKED_ROWS = 4  # computed both ways where a frozen model is opened
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Site:
     policy: Any
     tokenizer: Any
     splits: Sequence[Split]
-    forward: str = door.PLAIN
+    forward: str = choose.PLAIN
 
     @property
     def stage(self) -> int:
@@ -72,17 +73,21 @@ class Site:
     def walked(self, model: Any, place: Callable[[], nn.Module], words: Any) -> nn.Module:
         """Open `model` for the run's way of computing batches, `place` it, and check the way on a few of its rows.
 
-        `words` is the tokenizer the model reads.
+        `words` is the tokenizer the model reads. What cannot be computed as the run's other batches are is computed
+        plain, and a line says why.
         """
-        choice = door.choose(model, trains=False)
-        forced = self.forward in (door.PLAIN, door.PACKED) and choice.mode != door.PLAIN
-        door.open_door(model, self.forward if forced else choice.mode)
-        placed = place()
-        if self.forward == "auto":
-            batch = door.with_relatives(_reworded(self.first_rows(), self.tokenizer, words))
+        if self.forward == choose.PLAIN:
+            return place()
+        choice = choose.choose(model, trains=False)
+        packs = self.forward == choose.PACKED and choice.mode == choose.SHARED
+        door.open_door(model, choose.PACKED if packs else choice.mode)
+        placed, why = place(), choice.why if choice.mode == choose.PLAIN else None
+        if why is None:
+            batch = with_relatives(_reworded(self.first_rows(), self.tokenizer, words))
             answer = sequence_scores if model.get_output_embeddings() is None else _logps
-            if (why := door.settle(placed, lambda: answer(placed, batch))) is not None:
-                log.warn(f"a frozen {type(model).__name__} computes plain: {why}")
+            why = settle(placed, lambda some: answer(placed, some), batch)
+        if why is not None:
+            log.warn(f"a frozen model ({type(model).__name__}) is computed plain: {why}")
         return placed
 
     def first_rows(self) -> dict[str, Tensor]:
@@ -114,7 +119,8 @@ def load_reference(start: source.Source, identity: Identity, site: Site, *, poli
         return Frozen(identity, None, adapter=REFERENCE_ADAPTER if policy_is_adapter else None)
     if identity.placement == "quantised":
         model, error = _quantised(start, site, _logps, site.probe())
-        return Frozen(_with_error(identity, error, "token's log-probability (nats)"), model)
+        walked = site.walked(model, lambda: model, site.tokenizer)
+        return Frozen(_with_error(identity, error, "token's log-probability (nats)"), walked)
     return Frozen(identity, engine_of(start, site, offload=identity.placement == "offloaded"))
 
 
@@ -136,7 +142,8 @@ def load_reward(start: source.Source, identity: Identity, site: Site) -> RewardM
     if identity.placement == "quantised":
         probe = [_reworded(batch, site.tokenizer, words) for batch in site.probe()]
         model, error = _quantised(start, site, sequence_scores, probe, **ending)
-        return RewardModel(_with_error(identity, error, "score"), model, words)
+        walked = site.walked(model, lambda: model, words)
+        return RewardModel(_with_error(identity, error, "score"), walked, words)
     offload = identity.placement == "offloaded"
     return RewardModel(identity, engine_of(start, site, offload=offload, words=words, **ending), words)
 

@@ -252,6 +252,20 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute without dropout and gradients meanwhile."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise `UserError` where the tokenizer has tokens the model has no embedding for."""
     rows = getattr(model.config, "vocab_size", None)

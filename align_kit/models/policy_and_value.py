@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ OF_VALUE_ADAPTER = re.compile(rf"\.lora_\w+\.{VALUE_ADAPTER}(\.|$)")  # some mod
 class Outcome(NamedTuple):
     """What a forward gave: the policy's logits (B, T, V), values (B, T), the scores of a reward role (B).
 
+    `states` are what the value head reads (B, T, H; of a packed row P, H), in place of values where asked for.
     Of a packed row: the policy's answers about tokens (`forward.head.Answer`), values where they are predicted (P).
     Of a policy with routers, where asked for: their logits (a tensor a layer), or what they owe for a packed row.
     """
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
     values: Tensor | None = None
     scores: Tensor | None = None
     tokens: Any = None
+    states: Tensor | None = None
     router_logits: Any = None
     router_loss: Tensor | None = None
 
@@ -104,6 +106,7 @@ class PolicyAndValue(nn.Module):
         pack: Any = None,
         ask: Any = None,
         output_router_logits: bool = False,
+        states: bool = False,
     ) -> Outcome:
         """Compute as `role`: "policy" (logits), "value" (values), "both", or the name of a shared reward model.
 
@@ -120,15 +123,16 @@ class PolicyAndValue(nn.Module):
             names = ("logits", "tokens", "router_logits", "router_loss")
             outcome = Outcome(**{name: getattr(made, name, None) for name in names})
         if role in ("value", "both"):
-            outcome = outcome._replace(values=self._values(batch, pack))
+            outcome = outcome._replace(**self._values(batch, pack, states))
         return outcome
 
-    def _values(self, batch: dict[str, Any], pack: Any) -> Tensor:
-        if self.value is not None:
-            hidden = self._hidden(self.value, batch, pack)
-            return head_of(self.value)(hidden).squeeze(-1).float()
-        with lora.adapter_active(self.policy, VALUE_ADAPTER):
-            return self.value_head(self._hidden(self.policy.get_base_model(), batch, pack)).squeeze(-1).float()
+    def _values(self, batch: dict[str, Any], pack: Any, states: bool) -> dict[str, Tensor]:
+        """Return the values, or with `states` what their head reads."""
+        active = nullcontext() if self.value is not None else lora.adapter_active(self.policy, VALUE_ADAPTER)
+        head = self.value_head if self.value is None else head_of(self.value)
+        with active:
+            hidden = self._hidden(self.policy.get_base_model() if self.value is None else self.value, batch, pack)
+            return {"states": hidden} if states else {"values": head(hidden).squeeze(-1).float()}
 
     def _hidden(self, model: Any, batch: dict[str, Any], pack: Any) -> Tensor:
         """Return the last hidden states of a model's trunk: B, T, H, or P, H of what a pack predicts from.
@@ -206,15 +210,3 @@ def head_of(model: Any) -> nn.Module:
     if found is None:
         raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; use another model")
     return found  # type: ignore[no-any-return]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Compute without dropout and gradients meanwhile."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -9,7 +9,8 @@ from align_kit import zero
 from align_kit.config import Config
 from align_kit.data.prepare import Prepared
 from align_kit.errors import UserError
-from align_kit.forward import door
+from align_kit.forward.choose import CannotWalk, Choice, choose
+from align_kit.forward.door import open_door
 from align_kit.models import load, lora, moe, policy_and_value, source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
@@ -72,28 +73,37 @@ def _loading(config: Config, args: Any) -> dict[str, Any]:
     }
 
 
-def forward(policy: Any, config: Config, args: Any, home: RunFolder) -> door.Choice:
+def forward(policy: Any, config: Config, args: Any, home: RunFolder) -> Choice:
     """Decide how batches are computed, and open the policy for it; a run that goes on does as it did."""
     recorded = home.manifest.get("forward") if home.resume_from else None
     asked = recorded["mode"] if recorded else config.run.forward
+    trains, noise = not getattr(args, "disable_dropout", False), args.neftune_noise_alpha
     try:
-        choice = door.choose(policy, trains=not getattr(args, "disable_dropout", False), asked=asked)
-    except door.CannotWalk as reason:
+        choice = choose(policy, trains=trains, asked=asked, noise=noise)
+    except CannotWalk as reason:
         raise UserError(f"forward: {asked} is not for this model: {reason}; use auto, or plain") from None
-    door.open_door(policy, choice.mode)
-    return door.Choice(choice.mode, recorded["why"]) if recorded else choice
+    open_door(policy, choice.mode)
+    return Choice(**recorded) if recorded else choice
 
 
 def frozen(
-    recipe: Recipe, start: Start, policy: Any, words: Any, rows: Prepared, config: Config, args: Any, home: RunFolder
+    recipe: Recipe,
+    start: Start,
+    policy: Any,
+    words: Any,
+    rows: Prepared,
+    forward: Choice,
+    config: Config,
+    args: Any,
+    home: RunFolder,
 ) -> dict[str, frozen_models.Frozen]:
     """Resolve and load the frozen models the recipe needs, each from its own source.
 
     A `cached` reference lays its log-probabilities beside `rows`.
     """
     splits = [rows.train, *([rows.eval] if rows.eval else [])]
-    engine, asked = args.hf_deepspeed_config.config, config.run.forward
-    site = frozen_models.Site(engine, _loading(config, args), policy, words, splits, asked)
+    engine = args.hf_deepspeed_config.config
+    site = frozen_models.Site(engine, _loading(config, args), policy, words, splits, forward.asked)
     recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
     held: dict[str, frozen_models.Frozen] = {}
     if "reference" in recipe.needs:

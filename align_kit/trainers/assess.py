@@ -12,7 +12,7 @@ from torch import nn
 from align_kit.data.collate import LanguageCollator
 from align_kit.forward.logprobs import tokens_and_values
 from align_kit.frozen import Frozen
-from align_kit.models.policy_and_value import evaluating
+from align_kit.models.load import evaluating
 from align_kit.trainers import experience
 from align_kit.trainers.experience import Columns
 from align_kit.trainers.rewards import Judged, Rewards

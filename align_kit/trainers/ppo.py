@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from align_kit import log
 from align_kit.data.collate import LanguageCollator
 from align_kit.errors import UserError
-from align_kit.forward.logprobs import token_logps, tokens_and_values
+from align_kit.forward.logprobs import token_logps, tokens_and_values, value_states
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
 from align_kit.trainers import experience
 from align_kit.trainers.assess import Assessor
@@ -291,8 +291,9 @@ class PPO(PhaseTrainer):
         return BatchLoss(total, count, {**losses, **policy.tallies, **value.tallies})
 
     def answers(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        tokens, values_BT = tokens_and_values(model, batch, temperature=self.args.temperature)
-        return torch.stack([tokens.logps_BT, values_BT])
+        """Return log-probabilities, and what the value head reads: a fresh one of zeros gives 0 to anything."""
+        tokens = token_logps(model, batch, temperature=self.args.temperature)
+        return torch.cat([tokens.logps_BT[..., None], value_states(model, batch)], dim=-1)
 
     def counts(self, batch: Mapping[str, Any]) -> list[int]:
         return [int(batch["loss_mask"][:, 1:].sum())]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align_kit import log
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps
+from align_kit.models.load import evaluating
 
 if TYPE_CHECKING:
     from align_kit.trainers.base import PhaseTrainer
@@ -21,12 +22,9 @@ IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (0.1, 1e-2), 
 
 def both_logps(trainer: PhaseTrainer, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return each sequence's log-probability (B, nats) under the policy and its reference: no gradient, no dropout."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         policy_B = token_logps(model, batch).logps_BT.sum(1)
-    reference_B = trainer.frozen["reference"].token_logps(model, batch).logps_BT.sum(1)
-    model.train(was_training)
+        reference_B = trainer.frozen["reference"].token_logps(model, batch).logps_BT.sum(1)
     return policy_B, reference_B
 
 

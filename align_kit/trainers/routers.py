@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from align_kit.errors import UserError
-from align_kit.forward.door import walkable
+from align_kit.forward.choose import walkable
 from align_kit.forward.routers import has_router_loss
 
 

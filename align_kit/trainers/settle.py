@@ -8,7 +8,11 @@ from transformers import TrainerCallback
 
 from align_kit import log
 from align_kit.errors import UserError
-from align_kit.forward.door import door_of, settle, with_relatives
+from align_kit.forward.agree import settle, with_relatives
+from align_kit.forward.door import door_of
+from align_kit.models.load import evaluating
+
+ROWS = 4
 
 
 class SettleForward(TrainerCallback):
@@ -26,19 +30,17 @@ class SettleForward(TrainerCallback):
         if state.global_step > 0:
             return
         model, batch = self.trainer.model_wrapped, self._first_rows(args)
-        was_training = model.training
-        model.eval()  # two drawings of dropout never agree
-        why = settle(model, lambda: self.trainer.answers(model, batch))
-        model.train(was_training)
+        with evaluating(model):  # two drawings of dropout never agree
+            why = settle(model, lambda some: self.trainer.answers(model, some), batch)
         if why is not None and not self.trainer.forward_is_ours:
             raise UserError(f"the forward asked for is not right for this model: {why}; use --forward auto, or plain")
         if why is not None:
             log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
-            self.trainer.note(forward={"mode": door_of(model).mode, "why": why})
+            self.trainer.note(forward={"mode": door_of(model).mode, "why": why, "asked": "auto"})
 
     def _first_rows(self, args: Any) -> Any:
-        """Return some of this rank's rows and relatives of theirs, together about as many as a micro-batch has."""
-        rows, count = self.trainer.train_dataset, max(1, args.per_device_train_batch_size // 2)
+        """Return a few of this rank's rows and relatives of theirs, together no more than a micro-batch has, or two."""
+        rows, count = self.trainer.train_dataset, min(ROWS, max(1, args.per_device_train_batch_size // 2))
         places = [(args.process_index * count + place) % len(rows) for place in range(count)]
         batch = self.trainer.data_collator([rows[place] for place in places])
         return self.trainer._prepare_inputs(with_relatives(batch))
