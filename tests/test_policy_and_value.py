@@ -12,7 +12,8 @@ import pytest
 from align_kit.config.fields import ModelFields
 from align_kit.errors import UserError
 from align_kit.models import lora, source
-from align_kit.models.policy_and_value import VALUE_ADAPTER, PolicyAndValue, evaluating, separate, shared
+from align_kit.models.load import evaluating
+from align_kit.models.policy_and_value import VALUE_ADAPTER, PolicyAndValue, separate, shared
 from tests.small import make_tokenizer, write_model, write_scorer
 
 if TYPE_CHECKING:

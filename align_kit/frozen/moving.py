@@ -88,6 +88,7 @@ class MovingReference(Frozen):
                 with torch.no_grad():
                     for name, tensor in self._stored().items():
                         tensor.copy_(handle.get_tensor(name))
+                    self._let_go_of_copies()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
                 f"the checkpoint {checkpoint} does not hold the reference as it had moved ({_first_line(error)}); go "
@@ -97,6 +98,12 @@ class MovingReference(Frozen):
             raise UserError(
                 f"{place} is not what was stored (its sum differs); go on from an older one with --resume <checkpoint>"
             )
+
+    def _let_go_of_copies(self) -> None:
+        """Free what a forward before this has left gathered: it is of the shards that were replaced."""
+        for parameter in bare(self.model).parameters():  # type: ignore[arg-type]
+            if is_resident(parameter):
+                parameter.partition()
 
     def _stored(self) -> dict[str, Tensor]:
         """Return this rank's shards by name; of tied parameters one name."""

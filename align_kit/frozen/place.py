@@ -77,6 +77,7 @@ class Site:
         plain, and a line says why.
         """
         if self.forward == choose.PLAIN:
+            door.open_door(model, choose.PLAIN)
             return place()
         choice = choose.choose(model, trains=False)
         packs = self.forward == choose.PACKED and choice.mode == choose.SHARED
