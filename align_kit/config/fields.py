@@ -111,7 +111,7 @@ class RunFields:
     forward: str = option(
         "auto",
         "how batches are computed: shared (a common prefix once, no padding), packed (no padding), plain; auto: as "
-        "shared as the model allows, checked against plain on the first batch",
+        "shared as the model allows; checked against plain on a few rows before training",
         choices=("auto", "shared", "packed", "plain"),
     )
     reference_model_name_or_path: str | None = option(None, "the reference; the policy's start where none is given")

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit import log
@@ -34,9 +33,10 @@ from align_kit.trainers import experience
 from align_kit.trainers.assess import Assessor
 from align_kit.trainers.base import BatchLoss, Known, PhaseTrainer, Tallies
 from align_kit.trainers.experience import Columns, Shaping
+from align_kit.trainers.iteration import Endless, IterationEnd
 from align_kit.trainers.reference import largest_gap
 from align_kit.trainers.rewards import reward_source, rewards_of
-from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for
+from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for, ends_of
 
 SAMPLES = "samples.jsonl"
 EVALUATION = 1 << 30  # stands for the iteration in the draws of an evaluation, which are the same every time
@@ -78,7 +78,7 @@ class PPO(PhaseTrainer):
         self.writer: Writer = LocalWriter(
             self.model.policy,
             Sampling(
-                args.response_length, args.temperature, _ends(self.model.policy, tokenizer), tokenizer.pad_token_id,
+                args.response_length, args.temperature, ends_of(self.model.policy, tokenizer), tokenizer.pad_token_id,
                 args.rollout_batch_size,
             ),
             args.rollout_placement,
@@ -96,7 +96,7 @@ class PPO(PhaseTrainer):
         self.seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
         self._mid_iteration = False
         self._update_began, self._approximate_kl = 0.0, [0.0, 0.0]
-        self.add_callback(_IterationEnd(self))
+        self.add_callback(IterationEnd(self))
 
     def _check_sizes(self) -> None:
         completions, each = self.completions_per_iteration, self.args.num_generations
@@ -142,7 +142,7 @@ class PPO(PhaseTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Return what yields micro-batches for ever: an iteration's own, then the next one's."""
-        return _Endless(self._micro_batches)
+        return Endless(self._micro_batches)
 
     def _micro_batches(self) -> Iterator[dict[str, Any]]:
         args = self.args
@@ -383,47 +383,9 @@ class PPO(PhaseTrainer):
         self.moments.load_state_dict(state["moments"])
 
 
-class _Endless:
-    """An iterable without a length: the Trainer then goes by `max_steps` alone."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self.make = make
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.make()
-
-
-class _IterationEnd(TrainerCallback):  # type: ignore[misc]
-    """Let a checkpoint wait for the end of its iteration, whose completions no resumed run could write again.
-
-    An evaluation waits with it, so that the best model is one that was stored where it was evaluated.
-    """
-
-    def __init__(self, trainer: PPO) -> None:
-        self.trainer = trainer
-        self.waiting: set[str] = set()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        goes_on = self.trainer.after_update() and state.global_step < state.max_steps
-        for name in ("should_save", "should_evaluate"):
-            if getattr(control, name):
-                self.waiting.add(name)
-            setattr(control, name, name in self.waiting and not goes_on)
-        if not goes_on:
-            self.waiting.clear()
-
-
 def _rollout_placement(args: Any, known: Known) -> dict[str, tuple[Any, str]]:
     """Choose where completions are written: both places cost the same time, a copy keeps its memory."""
     if args.rollout_placement != "auto":
         return {}
     size = copy_bytes(known.policy.policy) / 1e6
     return {"rollout_placement": (GATHERED, f"{size:,.1f} MB on each rank while it writes; a copy would keep them")}
-
-
-def _ends(policy: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that end a completion: the tokenizer's, and those of the model's generation configuration."""
-    config = getattr(policy, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    more = named if isinstance(named, list | tuple) else [] if named is None else [named]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))

@@ -61,6 +61,14 @@ class Writer(Protocol):
         """
 
 
+def ends_of(policy: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that end a completion: the tokenizer's, and those of the model's generation configuration."""
+    config = getattr(policy, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    more = named if isinstance(named, list | tuple) else [] if named is None else [named]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
 def draws_for(rows: Sequence[int], length: int, *, seed: int, iteration: int) -> np.ndarray:
     """Return uniform numbers (rows x `length`), those of a row a function of (seed, iteration, row) alone."""
     return np.stack([np.random.default_rng((seed, iteration, row)).random(length) for row in rows])
