@@ -8,15 +8,11 @@ differs in one method: where TRL runs the model on all rows, it asks `forward.lo
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import random
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +22,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from align_kit.cli import main
 from align_kit.forward.door import door_of, open_door
 from align_kit.forward.logprobs import token_logps
-from align_kit.trainers.base import PhaseTrainer
+from benchmarks._caught import in_place_of_training
 from benchmarks._duel import duel
 from benchmarks._stock import SAME, allow_a_second_engine
 from benchmarks._world import Shape
@@ -126,19 +121,16 @@ def updates(argv: list[str], report: str, steps: list[list[list[Row]]], model: s
 
     `steps` are the rows of each rank at each step.
     """
-    def dueled(ours: Any, *_: Any, **__: Any) -> Any:
+    def dueled(ours: Any) -> dict[str, Any]:
         rank = ours.args.process_index
         mine = [ranks[rank] for ranks in steps]
         kinds = {"stock": Stock, "ours": Walked}
         both = {name: trainer(kind, ours, model, mine, forward, f"{report}-{name}") for name, kind in kinds.items()}
         tracks = duel(both, ["time"] * len(mine), Shape(**how["shape"]), how["threads"])
         found = {name: asdict(track) for name, track in tracks.items()}
-        Path(f"{report}.{rank}").write_text(json.dumps({**found, "door": asdict(door_of(both["ours"].model))}))
-        sys.stdout.flush()
-        os._exit(0)
+        return {**found, "door": asdict(door_of(both["ours"].model))}
 
-    PhaseTrainer.train = dueled  # type: ignore[method-assign]
-    return int(main(argv) or 0)
+    return in_place_of_training(argv, report, dueled)
 
 
 def seconds_of(found: Sequence[dict[str, Any]], warm: int) -> tuple[list[float], list[float]]:

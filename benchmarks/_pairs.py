@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from benchmarks._caught import in_place_of_training
 
 PLAIN = "plain"
 Iteration = dict[str, Any]
@@ -17,19 +15,10 @@ Iteration = dict[str, Any]
 
 def iterations(argv: list[str], report: str, **asked: Any) -> int:
     """Run `align-kit argv…` up to its training, measure in that one's place, and write what was found."""
-    from align_kit.cli import main
     from align_kit.trainers.base import PhaseTrainer
 
     train = PhaseTrainer.train
-
-    def measured(trainer: Any, *_: Any, **__: Any) -> Any:
-        found = Pairs(trainer, train, **asked).run()
-        Path(f"{report}.{trainer.args.process_index}").write_text(json.dumps(found))
-        sys.stdout.flush()
-        os._exit(0)  # what follows a training, saving and closing, is not measured here
-
-    PhaseTrainer.train = measured  # type: ignore[method-assign]
-    return int(main(argv) or 0)
+    return in_place_of_training(argv, report, lambda trainer: Pairs(trainer, train, **asked).run())
 
 
 class Pairs:

@@ -33,7 +33,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from align_kit import log
+from benchmarks._caught import in_place_of_training
 from benchmarks._world import (
     RATIOS,
     SIZES,
@@ -102,17 +102,9 @@ class Contest:
 
 def contest(argv: list[str], report: str, kinds: list[str], shape: dict[str, int], **stock: Any) -> int:
     """Run `align-kit argv…` up to its training, let the duel take that place, and write what it measured."""
-    from align_kit.cli import main
-    from align_kit.trainers.base import PhaseTrainer
-
-    def dueled(trainer: Any, *_: Any, **__: Any) -> Any:
-        found = measured(trainer, kinds, Shape(**shape), report=report, **stock)
-        Path(f"{report}.{trainer.args.process_index}").write_text(json.dumps(found))
-        sys.stdout.flush()
-        os._exit(0)  # what follows a training, saving and closing, is not measured here
-
-    PhaseTrainer.train = dueled  # type: ignore[method-assign]
-    return int(main(argv) or 0)
+    return in_place_of_training(
+        argv, report, lambda trainer: measured(trainer, kinds, Shape(**shape), report=report, **stock)
+    )
 
 
 def measured(
