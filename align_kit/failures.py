@@ -98,13 +98,18 @@ class Plan(Protocol):
     def smaller(self) -> Any: ...
 
 
+def is_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, a device's or the machine's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextmanager
 def naming_memory(plan: Plan) -> Iterator[None]:
     """Turn running out of memory into one line with the next smaller micro-batch that keeps the global batch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_of_memory(error):
             raise
         if os.environ.get("ALIGN_KIT_TRACEBACK"):
             traceback.print_exc()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_kit.failures import is_of_memory
 from align_kit.forward.attention import CannotWalk
 from align_kit.forward.choose import PLAIN
 from align_kit.forward.door import door_of, plainly
@@ -33,11 +34,11 @@ def settle(model: Any, answer: Callable[[Mapping[str, Tensor]], Tensor], batch: 
                 theirs = torch.cat([answer(one) for one in _rows(batch)])
         gap, excess = _differ(ours, theirs, next(model.parameters()).dtype)
         why = None if excess <= 1 else f"{asked} differs from plain by up to {gap:.3g} on the first rows"
-    except torch.OutOfMemoryError:
-        raise
     except CannotWalk as reason:
         why = str(reason)
     except Exception as error:  # whatever a model makes of arguments it does not expect
+        if is_of_memory(error):
+            raise
         why = f"{asked} fails ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     door.begin_anew(asked if why is None else PLAIN)  # the trial does not count
     return why
