@@ -122,7 +122,8 @@ def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
 def _computed(trainer: Any) -> str:
     """Tell which share of the tokens had to be computed, where not all had."""
     door = door_of(trainer.model)
-    return f" ({door.computed / door.given:.0%} of them computed)" if door.computed < door.given else ""
+    percent = round(100 * door.computed / max(1, door.given))
+    return f" ({percent}% of them computed)" if door.walked and percent < 100 else ""
 
 
 def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:

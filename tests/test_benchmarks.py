@@ -25,23 +25,22 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize(("words", "tables"), [
-    (("--ranks", "1", "2"), 2),
-    (("--ranks", "2", "--forward", "packed", "--cached"), 1),
-    (("--ranks", "1", "--forward", "plain", "--sft"), 1),
-], ids=["pairs", "cached", "sft"])  # fmt: skip
-def test_preference_step(words: tuple[str, ...], tables: int) -> None:
+@pytest.mark.parametrize("words", [
+    ("--ranks", "2", "--cached"), ("--ranks", "1", "--forward", "plain", "--sft"),
+], ids=["pairs", "sft"])  # fmt: skip
+def test_preference_step(words: tuple[str, ...]) -> None:
     """Losses agree with TRL's and all steps take the path asked for, or it would not end well."""
     done = run("preference_step", *LITTLE, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"geometric mean \d+\.\d\d", lines[-1])
-    assert len([line for line in lines if ROW.fullmatch(line)]) == tables
+    assert len([line for line in lines if ROW.fullmatch(line)]) == 1
     assert not done.stderr
 
 
 def test_preference_step_on_real_lengths(real_data: Path) -> None:
-    done = run("preference_step", *LITTLE[:4], "--distributions", "--data-root", str(real_data), "--ranks", "1")
+    lengths = ("--distributions", "--data-root", str(real_data))
+    done = run("preference_step", *LITTLE[:4], *lengths, "--ranks", "1", "--forward", "packed")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("gsm8k_pairs", "llamafactory_dpo_en", "xstest"):
         assert f"\n{name} " in done.stdout
