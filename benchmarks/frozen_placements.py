@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._ranks import ranks_in_a_folder
 from tests.harness import Ranks
 from tests.small import SETTINGS, make_rows, words, write_model, write_rows
 
@@ -98,14 +98,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=8)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        ranks = Ranks(Path(home))
+    with ranks_in_a_folder() as (ranks, home):
         sizes = {"hidden_size": asked.hidden, "intermediate_size": 4 * asked.hidden, "num_hidden_layers": asked.layers}
-        model = write_model(Path(home) / "model", **sizes)
+        model = write_model(home / "model", **sizes)
         print("run   reference  bytes/sharded  bytes per rank  seconds/sharded  loss gap")
         for placements, lora in ((FULL, False), (LORA, True)):
             table(ranks, model, placements, asked.steps, lora)
-        ranks.close()
 
 
 if __name__ == "__main__":

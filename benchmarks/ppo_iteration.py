@@ -33,14 +33,13 @@ import json
 import os
 import random
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align_kit import log
 from benchmarks._pairs import PLAIN, Iteration
+from benchmarks._ranks import ranks_in_a_folder
 from benchmarks._world import SIZES, log_normal, shape_of, text, write_model
 from tests.harness import Ranks
 from tests.small import words, write_rows
@@ -294,15 +293,9 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     """Print the tables, and the geometric mean of how many times as fast their updates are."""
     asked = options().parse_args()
-    log.quiet()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(Path(folder))
-        try:
-            show = update_table if asked.update_only else table
-            found = [show(ranks, Path(folder), one) for one in settings(asked)]
-        finally:
-            ranks.close()
+    show = update_table if asked.update_only else table
+    with ranks_in_a_folder() as (ranks, folder):
+        found = [show(ranks, folder, one) for one in settings(asked)]
     print(f"geometric mean {statistics.geometric_mean(found):.2f}")
 
 

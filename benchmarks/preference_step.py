@@ -33,14 +33,13 @@ import json
 import os
 import random
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align_kit import log
 from benchmarks._caught import in_place_of_training
+from benchmarks._ranks import ranks_in_a_folder
 from benchmarks._world import (
     RATIOS,
     SIZES,
@@ -318,21 +317,15 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     """Print the tables and the geometric mean of the last."""
     asked = options().parse_args()
-    log.quiet()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if asked.sft and asked.cached:
         raise SystemExit("--sft has no reference to cache; drop one of them")
     real = real_sets(asked.data_root, asked.sft)
     sets = [*asked.distributions, *real]
     if not sets:
         raise SystemExit("nothing to measure: give --distributions, or --data-root with a set in it")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(Path(folder))
-        try:
-            for one in contests(asked):
-                mean = table(ranks, Path(folder), one, sets, real)
-        finally:
-            ranks.close()
+    with ranks_in_a_folder() as (ranks, folder):
+        for one in contests(asked):
+            mean = table(ranks, folder, one, sets, real)
     print(f"geometric mean {mean:.2f}")
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._ranks import ranks_in_a_folder
 from benchmarks.frozen_placements import stored_bytes
 from tests.harness import Ranks
 from tests.small import MORE, SETTINGS, make_rows, words, write_model, write_rows
@@ -101,8 +101,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=4)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        home, ranks = Path(folder), Ranks(Path(folder))
+    with ranks_in_a_folder() as (ranks, home):
         sizes = {"hidden_size": asked.hidden, "intermediate_size": 4 * asked.hidden, "num_hidden_layers": asked.layers}
         write_model(home / "model", **sizes)
         write_rows(home / "prompts.jsonl", make_rows("prompt", 64))
@@ -113,7 +112,6 @@ def main() -> None:
         train_reward(ranks, home)
         apart = measure(ranks, home, "apart", asked.iterations, APART)
         shared = measure(ranks, home, "shared", asked.iterations, SHARED)
-        ranks.close()
     print("layout  bytes/apart  bytes per rank  rollout/apart  score/apart  update/apart")
     for name, found in (("apart", apart), ("shared", shared)):
         size = max(one["bytes"] for one in found)

@@ -61,14 +61,10 @@ class Site:
 
     def probe(self) -> list[dict[str, Tensor]]:
         """Return some of the run's own rows, each a batch on this rank's device: what an int8 copy is measured on."""
-        rows = self.splits[0].rows
-        columns = columns_for(rows)
-        sequences = DatasetRows(rows, columns) if columns else _Prompts(rows)
+        sequences = self._sequences()
         last = len(sequences) - 1
         places = sorted({place * last // (PROBE_ROWS - 1) for place in range(PROBE_ROWS)})
-        chosen = [sequences[place] for place in places]
-        batches = [completions_batch([row], self.tokenizer.pad_token_id) for row in chosen]
-        return [{name: tensor.to(_device()) for name, tensor in batch.items()} for batch in batches]
+        return [self._batch([sequences[place]]) for place in places]
 
     def walked(self, model: Any, place: Callable[[], nn.Module], words: Any) -> nn.Module:
         """Open `model` for the run's way of computing batches, `place` it, and check the way on a few of its rows.
@@ -93,11 +89,18 @@ class Site:
 
     def first_rows(self) -> dict[str, Tensor]:
         """Return the first of the run's sequences as one batch on this rank's device."""
+        sequences = self._sequences()
+        first = [sequences[place] for place in range(min(CHECKED_ROWS, len(sequences)))]
+        return self._batch(first)
+
+    def _sequences(self) -> DatasetRows | _Prompts:
+        """Return the sequences of the training rows: prompt and completion each, or prompts alone."""
         rows = self.splits[0].rows
         columns = columns_for(rows)
-        sequences = DatasetRows(rows, columns) if columns else _Prompts(rows)
-        first = [sequences[place] for place in range(min(CHECKED_ROWS, len(sequences)))]
-        batch = completions_batch(first, self.tokenizer.pad_token_id)
+        return DatasetRows(rows, columns) if columns else _Prompts(rows)
+
+    def _batch(self, sequences: Sequence[Row]) -> dict[str, Tensor]:
+        batch = completions_batch(sequences, self.tokenizer.pad_token_id)
         return {name: tensor.to(_device()) for name, tensor in batch.items()}
 
 
