@@ -6,6 +6,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+MINUTES ?= 30
 ARGS ?=
 ARMS ?=
 # One target per recipe: a test holds recipes/ and the registry to the same names.
@@ -15,7 +16,7 @@ PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
 export ALIGN_KIT_CACHE ?= $(CURDIR)/runs/.cache
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/runs/.extensions
 
-.PHONY: help setup demo test check lint bench wheel clean $(PHASES)
+.PHONY: help setup demo test check lint bench soak wheel clean $(PHASES)
 
 help: ## list the targets
 	@echo "targets (ARGS='--key value …' is passed on, RANKS=$(RANKS) sets the ranks of a phase):"
@@ -48,6 +49,9 @@ lint: setup ## ruff and mypy
 
 bench: setup ## one training step against stock TRL's, by lengths, models and ranks (ARGS='--models 4M' for some)
 	@$(BIN)/python -m benchmarks.preference_step $(ARGS)
+
+soak: setup ## faults at random for MINUTES=30: ranks killed, bytes flipped, disks filled, and what came of it
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(ARGS)
 
 wheel: setup ## build dist/*.whl
 	@$(BIN)/python -m build --wheel --no-isolation -q .

@@ -6,16 +6,32 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_CODE = 2
+FAULT_CODE = 3  # nobody's mistake; the run may be started again from its last checkpoint
 
 
 class UserError(Exception):
     """A mistake the user can mend: what was seen, what is allowed, what to do, in one line.
 
-    `run` prints it on one rank without a traceback and exits with code 2.
+    `run` prints it on one rank without a traceback and exits with `code`.
     """
+
+    code = EXIT_CODE
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Fault(UserError):
+    """What ends a run in one line without being the user's mistake: a NaN, a flipped bit, ranks that disagree.
+
+    The run may be started again from its last checkpoint; `skip_steps` are those it should not train on then.
+    """
+
+    code = FAULT_CODE
+
+    def __init__(self, message: str, skip_steps: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.skip_steps = tuple(skip_steps)
 
 
 def unknown(what: str, word: str, known: Iterable[str], *, show: int = 12) -> UserError:

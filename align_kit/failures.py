@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from align_kit import log
-from align_kit.errors import EXIT_CODE, UserError
+from align_kit import log, supervised
+from align_kit.errors import EXIT_CODE, Fault, UserError
 
 # What gloo and NCCL say on the ranks that are left when a peer ends: not the failure, only its echo.
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "remote process exited")
+# What they say where another rank has not come within the limit.
+TOO_LATE = (re.compile(r"Timed out waiting (\d+)ms"), re.compile(r"Application timeout caused pair closure()"))
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 SPOKEN = "align_kit/user_error_spoken"
 
@@ -37,21 +40,36 @@ def in_one_line() -> Iterator[Outcome]:
     try:
         yield outcome
     except UserError as error:
-        if _speaks_first():
+        first, kind = _speaks_first(), "fault" if isinstance(error, Fault) else "user"
+        if not supervised.report(kind, str(error), getattr(error, "skip_steps", ())) and first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome.code = EXIT_CODE
+        outcome.code = error.code
         _leave(outcome.code)
     except KeyboardInterrupt:
         log.warn("interrupted; go on with --resume from the last checkpoint")
         outcome.code = 130
         _leave(outcome.code)
     except Exception as error:
-        if not any(echo in str(error) for echo in PEER_ENDED):
+        kind, line = _kind(error)
+        told = supervised.report(kind, line, trace=traceback.format_exc() if kind == "error" else "")
+        if kind == "error" and not told:
             raise
-        outcome.code = EXIT_CODE if _has_spoken() else 1
-        if outcome.code == 1:
-            print(f"rank {log.rank()} stopped: another rank ended first", file=sys.stderr, flush=True)
+        outcome.code = EXIT_CODE if kind == "peer" and _has_spoken() else 1
+        if outcome.code == 1 and not told:
+            print(f"rank {log.rank()} stopped: {line}", file=sys.stderr, flush=True)
         _leave(outcome.code)
+
+
+def _kind(error: Exception) -> tuple[str, str]:
+    """Return what an exception that is no `UserError` is to this rank (see `supervised.Failure`), and a line for it."""
+    said = str(error)
+    for words in TOO_LATE:
+        if found := words.search(said):
+            limit = f"{int(found[1]) / 1000:g} s" if found[1] else "as long as it may take"
+            return "late", f"it waited {limit} for another rank, which did not come (the limit is ddp_timeout)"
+    if any(echo in said for echo in PEER_ENDED):
+        return "peer", "another rank ended first"
+    return "error", f"{type(error).__name__}: {' '.join(said.split())[:500]}"
 
 
 def _speaks_first() -> bool:

@@ -22,6 +22,7 @@ from align_kit.telemetry.clock import clock
 def record(
     recipe: Recipe,
     config: Config,
+    engine: Engine,
     home: RunFolder,
     start: Start,
     rows: Prepared,
@@ -46,12 +47,14 @@ def record(
         world_size=plan.world_size,
         batch=asdict(plan),
         engine=args.hf_deepspeed_config.config,
+        asked_engine=engine.config,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         data=rows.accounts(),
         policy={"name": start.source.name, "digest": start.digest, "random": start.source.random, "why": start.why},
         frozen={role: held.identity.as_dict() for role, held in frozen.items()},
         forward=asdict(forward),
         derived=derived,
+        changes=[*home.manifest.get("changes", []), *({**one, "step": home.step} for one in home.changes)],
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
 
@@ -108,6 +111,8 @@ def header(
         log.say(f"  note       {note}")
     resumed = f", going on from {home.resume_from}" if home.resume_from else ""
     log.say(f"  output     {home.path}{resumed}")
+    for change in home.changes:
+        log.say(f"  changed    {change['line']}, from step {home.step} on")
 
 
 def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
@@ -126,6 +131,15 @@ def _computed(trainer: Any) -> str:
     return f" ({percent}% of them computed)" if door.walked and percent < 100 else ""
 
 
+def stopped(trainer: Any, home: RunFolder) -> None:
+    """Note that the run was asked to stop, and say from where it goes on; there is no final model yet."""
+    step, why = trainer.state.global_step, trainer.stopped_early
+    if trainer.args.process_index == 0:
+        home.write(status=run_folder.STOPPED, stopped={"step": step, "why": why})
+    unsaved = "" if trainer.saver.committed == step else ", not saved"
+    log.say(f"stopped at step {step} ({why}){unsaved}: go on with --resume")
+
+
 def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
     """Close the manifest and say what came out and where it is."""
     if saved is None:
@@ -136,6 +150,7 @@ def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
         finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         seconds=round(seconds, 1),
         steps=trainer.state.global_step,
+        saves={"count": len(trainer.saver.held), "held_seconds": round(sum(trainer.saver.held), 3)},
         result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
     )
     shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]

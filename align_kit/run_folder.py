@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align_kit.errors import UserError
+from align_kit.scrub import scrubbed
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
-FINISHED, FAILED = "finished", "failed"
+FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -26,6 +28,28 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align_kit"
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for its owner alone; one that exists stays as it is.
+
+    What lies in it has the permissions of the user's umask: who opens the folder to others opens all of it.
+    """
+    for place in [*reversed(folder.parents), folder]:
+        if place == folder or not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+
+
+@dataclass(frozen=True)
+class Recut:
+    """A checkpoint that was cut for `before` ranks, made ready in `folder` for the `after` there are now."""
+
+    checkpoint: Path
+    folder: Path
+    before: int
+    after: int
+    converted: bool  # the engine's state is in the universal format
+    seconds: float  # that took
+
+
 @dataclass
 class RunFolder:
     """`output_dir` of a run and the manifest in it; `resume_from` is the checkpoint the run goes on from."""
@@ -33,16 +57,24 @@ class RunFolder:
     path: Path
     manifest: dict[str, Any]
     resume_from: Path | None = None
+    recut: Recut | None = None  # that checkpoint for another number of ranks
     replaces: bool = False  # what stands there goes once everything the new run needs has been found
+    spares: tuple[str, ...] = ()  # of what stands there, by name
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what differs from the run that goes on, as allowed
+    begun: bool = False  # whether this process has written the manifest
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
-        """Write into the manifest, where there is one, that the run failed and how."""
+        """Write into the manifest, once the run has written one, that it failed and how.
+
+        A run that is refused before leaves the folder of the one it would go on with as it was.
+        """
         try:
             yield
         except Exception as error:
-            if self.manifest and int(os.environ.get("RANK", "0")) == 0:
-                self.write(status=FAILED, failure=str(error)[:500])
+            if self.begun and int(os.environ.get("RANK", "0")) == 0:
+                with contextlib.suppress(OSError):  # a full disk must not hide why the run failed
+                    self.write(status=FAILED, failure=str(error)[:500])
             raise
 
     def refuse_inside(self, option: str, used: str | Path | None) -> None:
@@ -54,33 +86,49 @@ class RunFolder:
         """Remove what the new run replaces; called when everything it needs has been found, on rank 0."""
         if self.replaces:
             for entry in self.path.iterdir():
+                if entry.name in self.spares:
+                    continue
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             self.replaces = False
 
-    def check_same_run(self, phase: str, world_size: int) -> None:
-        """Refuse to go on with another phase's run, or on another number of ranks than its checkpoint was cut for."""
-        if self.resume_from is None or not self.manifest:
-            return
-        was = self.manifest.get("phase"), self.manifest.get("world_size")
-        if was[0] != phase:
+    @property
+    def loads_from(self) -> Path | None:
+        """Where the state is loaded from: the checkpoint, or what was made of it for another number of ranks."""
+        return self.recut.folder if self.recut else self.resume_from
+
+    def check_cut(self, cut_for: int | None, world_size: int, *, may_cut: bool = False) -> None:
+        """Refuse a checkpoint that is cut for another number of ranks than there are, unless it may be cut anew.
+
+        The run itself may have gone on with that many since: what differs from the run is refused before.
+        """
+        if cut_for not in (None, world_size) and not may_cut:
             raise UserError(
-                f"--resume: {self.path} is a {was[0]} run, not a {phase} run; go on with the {was[0]} recipe"
-            )
-        if was[1] != world_size:
-            raise UserError(
-                f"--resume: the run in {self.path} had a world size of {was[1]}, now it is {world_size}; its "
-                f"checkpoints are cut for {was[1]}: start that many ranks"
+                f"--resume: {self.resume_from} is cut for a world_size of {cut_for}, now {world_size}; start that many "
+                "ranks, or go on with --allow_change world_size: it is cut anew then, and not bitwise the same"
             )
 
+    @property
+    def step(self) -> int:
+        """The optimizer step that the run goes on from; 0 for one that begins."""
+        return int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
+
+    def has_changed(self, *names: str) -> bool:
+        """Tell whether one of these options or facts is, as allowed, not what it was when the run began."""
+        return any(one["name"] in names for one in self.changes)
+
     def write(self, **entries: Any) -> None:
-        """Lay `entries` over the manifest and store it: whole or not at all."""
+        """Lay `entries` over the manifest and store it without secrets: whole or not at all."""
         self.manifest |= entries
-        text = json.dumps(self.manifest, indent=2, sort_keys=True, default=str)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path, prefix=".manifest-", delete=False) as stream:
-            stream.write(text)
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, self.path / MANIFEST)
+        self.begun = True
+        plain = json.loads(json.dumps(self.manifest, default=str))
+        text = json.dumps(scrubbed(plain), indent=2, sort_keys=True)
+        make_private(self.path)
+        draft = self.path / f".{MANIFEST}.{os.getpid()}"
+        try:
+            draft.write_text(text)
+            os.replace(draft, self.path / MANIFEST)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -95,12 +143,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def open_folder(output_dir: str, *, resume: str | None, overwrite: bool, first: bool = True) -> RunFolder:
     """Return the folder of a run under the one rule for folders that are not empty: resume, overwrite, or refuse.
 
-    One rank calls it as the `first`: it alone looks, clears and makes the folder. Raises `UserError` where the
-    folder cannot be written, is not empty, holds something else than a run, or has nothing to resume from.
+    One rank calls it as the `first`: it alone looks, clears and makes the folder. `resume` is "auto" (which checkpoint
+    is for the caller to find) or a checkpoint's folder. Raises `UserError` where the folder cannot be written, is not
+    empty, or holds something else than a run, and where no checkpoint of this run is named.
     """
     path = Path(output_dir).expanduser()
     if resume:
-        return RunFolder(path, read_manifest(path) or {}, _checkpoint(path, resume))
+        return RunFolder(path, read_manifest(path) or {}, None if resume == "auto" else _named(path, resume))
     if not first:
         return RunFolder(path, {})
     replaces = path.is_dir() and any(path.iterdir())
@@ -132,7 +181,7 @@ def _left_nothing(path: Path) -> bool:
 
 def _check_writable(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_private(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -141,23 +190,16 @@ def _check_writable(path: Path) -> None:
         ) from None
 
 
-def _checkpoint(path: Path, resume: str) -> Path:
-    if resume != "auto":
-        chosen = Path(resume).expanduser()
-        if not (chosen / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume {resume}: no checkpoint there (no trainer_state.json); give a checkpoint-N folder"
-            )
-        if chosen.resolve().parent != path.resolve():
-            raise UserError(
-                f"--resume {resume} is a checkpoint of another run than output_dir {path}; a run goes on in its own "
-                f"folder: give --output_dir {chosen.parent}"
-            )
-        return chosen
-    found = checkpoints(path)
-    if not found:
-        raise UserError(f"--resume: {path} holds no checkpoint to go on from; start without --resume")
-    return found[-1]
+def _named(path: Path, resume: str) -> Path:
+    chosen = Path(resume).expanduser()
+    if not (chosen / "trainer_state.json").is_file():
+        raise UserError(f"--resume {resume}: no checkpoint there (no trainer_state.json); give a checkpoint-N folder")
+    if chosen.resolve().parent != path.resolve():
+        raise UserError(
+            f"--resume {resume} is a checkpoint of another run than output_dir {path}; a run goes on in its own "
+            f"folder: give --output_dir {chosen.parent}"
+        )
+    return chosen
 
 
 def checkpoints(path: Path) -> list[Path]:

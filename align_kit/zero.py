@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from align_kit.errors import UserError, unknown
 from align_kit.resources import folder
 
 DEFAULT = "zero3"
+START_TIMEOUT = 1800.0  # s
 SMALLEST_BUCKET = 1 << 22
 SMALLEST_PERSISTENCE = 100_000
 LAUNCH_PREFIXES = (
@@ -391,8 +393,11 @@ def forget_launch(environ: MutableMapping[str, str]) -> None:
         del environ[name]
 
 
-def join_ranks() -> None:
+def join_ranks(timeout: float = 0) -> None:
     """Join the ranks through DeepSpeed, which otherwise takes every rank for a world of its own.
+
+    Until the engine stands a collective may take `timeout` seconds, or half an hour where that is more: a rank may
+    tokenise or load for all.
 
     DeepSpeed's CPU start-up would first compile its shared-memory operator (minutes when cold), which only its
     inference all-reduce uses: it is left out.
@@ -405,7 +410,20 @@ def join_ranks() -> None:
     # The attribute deepspeed.comm.torch is torch itself; the module of that name has to be asked for.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     name = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=name, auto_mpi_discovery=False, verbose=False)
+    limit = timedelta(seconds=max(timeout, START_TIMEOUT))
+    deepspeed.init_distributed(dist_backend=name, auto_mpi_discovery=False, verbose=False, timeout=limit)
+
+
+def limit_waiting(seconds: float) -> None:
+    """Make every collective of every process group that there is give up after `seconds`.
+
+    DeepSpeed makes its groups without a timeout, so that ZeRO's collectives would wait torch's default for a rank
+    that hangs: half an hour with gloo.
+    """
+    from torch.distributed import distributed_c10d as groups
+
+    for group in list(groups._world.pg_map):
+        groups._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def needs_build(config: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,14 @@ settings.register_profile("no files", database=None, deadline=None)
 settings.load_profile("no files")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests of this process compute out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """One warm process for the session, from which every run forks its ranks."""

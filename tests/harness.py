@@ -33,10 +33,13 @@ class Result:
         assert set(self.codes) == {0}, f"exit codes {self.codes}\n{self.text}"
         return self
 
-    def error(self) -> str:
-        """Return the one `error:` line of a user's mistake; fail where there is not exactly one, or a traceback."""
+    def error(self, code: int = 2) -> str:
+        """Return the one `error:` line of a user's mistake; fail where there is not exactly one, or a traceback.
+
+        `code` is how the rank ended that says it: 3 after a fault.
+        """
         lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "Traceback" not in self.text and 2 in self.codes, f"{self.codes}\n{self.text}"
+        assert len(lines) == 1 and "Traceback" not in self.text and code in self.codes, f"{self.codes}\n{self.text}"
         return lines[0]
 
 

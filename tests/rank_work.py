@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.forward_work import drop_segments, forget_prefixes, keep_doors  # noqa: F401  # harm by name
+from tests.world_work import keep_rows, lose_moments, spoil_weights  # noqa: F401
 
 
 def observed(argv: list[str], live: str, harm: str = "") -> int:
     """Run `align-kit argv…`; keep the trained model's logits on `probe_ids()` in `live` before it is saved.
 
-    `harm` names a function of this module that is handed the trainer before training.
+    `harm` names a function of this module, or of `module:function`, that is handed the trainer before training.
     """
     from align_kit.cli import main
     from align_kit.trainers.base import PhaseTrainer
@@ -22,7 +24,8 @@ def observed(argv: list[str], live: str, harm: str = "") -> int:
 
     def watched(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if harm:
-            globals()[harm](trainer)
+            module, _, name = harm.rpartition(":")
+            (getattr(importlib.import_module(module), name) if module else globals()[name])(trainer)
         outcome = train(trainer, *args, **kwargs)
         keep_logits(trainer, Path(live))
         return outcome
@@ -92,6 +95,16 @@ def at_step(trainer: Any, step: int, act: Callable[[], None]) -> None:
     trainer.add_callback(Act())
 
 
+def tell_groups(trainer: Any) -> None:
+    """Print what the optimizer works by before step 4."""
+
+    def tell() -> None:
+        (group, *_) = trainer.optimizer.param_groups
+        print("step 4 by:", *(f"{name} {group[name]}" for name in ("lr", "betas", "eps", "weight_decay")), flush=True)
+
+    at_step(trainer, 4, tell)
+
+
 def flip_one_bit_of_reference(trainer: Any, role: str = "reference") -> None:
     """Flip the lowest bit of one stored weight of the reference before step 2, on the last rank only."""
     import torch
@@ -149,7 +162,7 @@ def _tamper(change: Callable[[dict[str, Any]], None]) -> None:
     """Change the gathered weights between the engine and the files, as a broken gather would."""
     from align_kit.trainers import save
 
-    gathered = save._gathered
+    gathered = save.gathered
 
     def tampered(trainer: Any) -> dict[str, Any]:
         weights = {name: tensor.clone() for name, tensor in gathered(trainer).items()}
@@ -157,7 +170,7 @@ def _tamper(change: Callable[[dict[str, Any]], None]) -> None:
             change(weights)
         return weights
 
-    save._gathered = tampered
+    save.gathered = tampered
 
 
 def _a_weight(weights: dict[str, Any]) -> str:

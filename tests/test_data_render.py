@@ -58,7 +58,7 @@ def trl_dpo(rows, tokenizer, *, max_length=None, mode="keep_start"):
 
 def ours(rows, kind, tokenizer, tmp_path, **options):
     """Return our tokenised rows and report."""
-    options = {"max_length": None, **options}
+    options = {"max_length": None, "control_tokens": "tokens", **options}  # as TRL reads them
     return tokenise(to_dataset(kind, rows), kind, tokenizer, TokeniseOptions(**options), tmp_path)
 
 

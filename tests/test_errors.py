@@ -227,7 +227,7 @@ def test_another_model_as_reference(ranks: Ranks, trained: Path) -> None:
 def test_a_reference_with_other_weights_under_the_same_identity(ranks: Ranks, trained: Path) -> None:
     """The digest says it is the policy's start, the weights in memory are others: the gate before the first step."""
     words = little_run("dpo", trained, "--config_name", "null", "--model_name_or_path", "adapter", "--use_peft")
-    function = "tests.faults:run_with_changed_reference"
+    function = "tests.rank_faults:run_with_changed_reference"
     done = ranks.run(cwd=trained, function=function, words=[str(word) for word in words])
     refused(done, r"step-0 identity failed: .*log-ratio to its reference is up to [\d.]+, not 0; .* \(adapter, digest")
 
@@ -242,7 +242,7 @@ def test_out_of_memory_names_the_next_smaller_micro_batch(ranks: Ranks, tmp_path
 
     def run(forward: str) -> Result:
         words = [str(word) for word in little_run("pretrain", tmp_path, *large, "--forward", forward, rows=64)]
-        return ranks.run(cwd=tmp_path, function="tests.faults:run_in_little_memory", words=words, spare_mib=1000)
+        return ranks.run(cwd=tmp_path, function="tests.rank_faults:run_in_little_memory", words=words, spare_mib=1250)
 
     done = run("plain")
     refused(
@@ -259,7 +259,7 @@ Broken = Callable[[str], Result]
 @pytest.fixture
 def broken(ranks: Ranks, tmp_path: Path) -> Broken:
     words = [str(word) for word in little_run("sft", tmp_path)]
-    return lambda fault: ranks.run(cwd=tmp_path, function=f"tests.faults:{fault}", words=words)
+    return lambda fault: ranks.run(cwd=tmp_path, function=f"tests.rank_faults:{fault}", words=words)
 
 
 def test_a_bug_shows_its_traceback(broken: Broken) -> None:

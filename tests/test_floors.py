@@ -16,7 +16,7 @@ from tests.harness import ROOT
 
 # What lies on each floor, the ground first. A folder is one room: inside it modules import each other.
 FLOORS = (
-    {"errors", "log", "resources", "__version__"},
+    {"errors", "log", "resources", "scrub", "supervised", "__version__"},
     {"cards", "config", "failures", "losses", "machine", "run_folder", "zero"},
     {"data", "forward", "models", "telemetry"},
     {"frozen", "checkpoint", "plan"},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align_kit import frozen
+from align_kit.checkpoint import manifest
 from align_kit.errors import UserError
 from tests.harness import Ranks
 from tests.small import Lab, Run, lab_of, read_weights
@@ -86,6 +87,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(lab: Lab, tmp_path: Path,
 
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_a_checkpoint_without_its_reference_is_refused(lab: Lab, tmp_path: Path, damage: str) -> None:
+    """Where its manifest says nothing of it, for it was made anew over the damage; else it does not verify."""
     copy = shutil.copytree(moved(lab, "split").folder, tmp_path / "run")
     file = copy / "checkpoint-6" / "moving_reference" / "rank_1_of_2.safetensors"
     if damage == "missing":
@@ -94,6 +96,8 @@ def test_a_checkpoint_without_its_reference_is_refused(lab: Lab, tmp_path: Path,
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content)
+    assert manifest.problems(copy / "checkpoint-6")
+    manifest.seal(copy / "checkpoint-6", {})
     again = lab.start("dpo", copy, resume="auto", **options(lab, "split"))
     words = {"missing": "does not hold the reference as it had moved", "flipped": "its sum differs"}
     assert words[damage] in again.result.error() and "--resume <checkpoint>" in again.result.error()
@@ -103,7 +107,7 @@ def test_a_flipped_bit_between_two_moves_ends_the_run(lab: Lab, tmp_path: Path) 
     """What has changed by itself must not be mixed into the next reference and watched as if it were right."""
     asked = options(lab, "split", ref_model_sync_steps=3, fingerprint_steps=0, save_strategy="no")
     run = lab.start("dpo", tmp_path / "run", harm="flip_one_bit_of_reference", **asked)
-    assert "changed in memory, seen before it moves at step 3" in run.result.error()
+    assert "changed in memory, seen before it moves at step 3" in run.result.error(code=3)
 
 
 @pytest.mark.parametrize(("asked", "message"), [

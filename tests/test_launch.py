@@ -91,7 +91,7 @@ def test_agreement_goes_on(env: dict[str, str], ranks: Ranks, tmp_path: Path) ->
 
 def test_options_come_before_the_recipe() -> None:
     words = ["--nproc_per_node=3", "--nnodes", "2", "dpo", "--max_steps", "3"]
-    assert launch._split(words) == ({"nproc_per_node": "3", "nnodes": "2"}, "dpo", ["--max_steps", "3"])
+    assert launch.split(words) == ({"nproc_per_node": "3", "nnodes": "2"}, "dpo", ["--max_steps", "3"])
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,35 @@ def test_options_come_before_the_recipe() -> None:
         (["--nnodes", "many", "dpo"], r"--nnodes many: give a number"),
         (["--nnodes", "2", "--node_rank", "2", "dpo"], r"--node_rank 2: .*0 or 1"),
         (["--nnodes", "2", "--node_rank", "0", "dpo"], r"--nnodes 2 needs --master_addr"),
+        (["--max_restarts", "-1", "dpo"], r"--max_restarts -1: give a number \(how often"),
+        (["--hang_seconds", "soon", "dpo"], r"--hang_seconds soon: give seconds, 0 or more"),
+        (["--grace_seconds=nan", "dpo"], r"--grace_seconds nan: give seconds"),
+        (["--skip_poisoned=maybe", "dpo"], r"--skip_poisoned maybe: give true or false"),
     ],
 )
 def test_wrong_words_of_launch(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         launch.launch(words)
+
+
+def test_a_flag_needs_no_value() -> None:
+    for words in (["--skip_poisoned", "sft"], ["--skip_poisoned", "true", "sft"], ["--skip_poisoned=true", "sft"]):
+        given, recipe, _ = launch.split(words)
+        assert recipe == "sft" and launch.parse({**given, "nproc_per_node": "2"}).skip_poisoned
+    assert not launch.parse({"skip_poisoned": "false", "nproc_per_node": "2"}).skip_poisoned
+
+
+def test_the_table_of_options_says_what_holds() -> None:
+    text, defaults = launch.help_text(), launch.parse({"nproc_per_node": "2"})
+    for name in ("max_restarts", "hang_seconds", "grace_seconds", "skip_poisoned"):
+        shown = re.search(rf"--{name} .*default (\w+)", text)
+        value = getattr(defaults, name)
+        assert shown is not None and shown[1] == (f"{value:g}" if not isinstance(value, bool) else str(value).lower())
+    assert defaults == launch.Options(ranks=2)
+
+
+def test_restarts_get_ports_that_several_machines_agree_on() -> None:
+    several = launch.parse({"nnodes": "2", "node_rank": "1", "master_addr": "10.0.0.1", "nproc_per_node": "8"})
+    assert [several.port_of(attempt) for attempt in range(3)] == [29500, 29501, 29502]
+    alone = launch.parse({"nproc_per_node": "2"})
+    assert alone.port_of(0) != 29500

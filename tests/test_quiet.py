@@ -53,7 +53,8 @@ def test_a_users_own_warnings_show(ranks: Ranks, tmp_path: Path) -> None:
     lines = [f"warnings.warn('mine: {kind}', {kind}, stacklevel=1)" for kind in kinds]
     (tmp_path / "mine.py").write_text("\n".join(["import logging, warnings", *lines, "logging.warning('mine: log')"]))
     words = [str(word) for word in little_run("sft", tmp_path, "--max_steps", "1")]
-    done = ranks.run(cwd=tmp_path, function="tests.faults:run_with_a_users_module", words=words, module="mine").ok()
+    function = "tests.rank_faults:run_with_a_users_module"
+    done = ranks.run(cwd=tmp_path, function=function, words=words, module="mine").ok()
     for expected in (*(f"{kind}: mine: {kind}" for kind in kinds), "WARNING:root:mine: log"):
         assert expected in done.output[0], done.text
 

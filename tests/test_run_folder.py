@@ -84,13 +84,26 @@ def test_resume_stays_in_its_own_run(tmp_path: Path) -> None:
         open_folder(str(tmp_path / "two"), resume=str(tmp_path / "one" / "checkpoint-2"), overwrite=False)
 
 
-def test_resume_is_of_the_same_phase_and_world(tmp_path: Path) -> None:
-    home = RunFolder(tmp_path, {"phase": "dpo", "world_size": 2}, resume_from=tmp_path / "checkpoint-2")
-    home.check_same_run("dpo", 2)
-    with pytest.raises(UserError, match="is a dpo run, not a sft run"):
-        home.check_same_run("sft", 2)
-    with pytest.raises(UserError, match="had a world size of 2, now it is 1"):
-        home.check_same_run("dpo", 1)
+def test_a_checkpoint_is_cut_for_a_number_of_ranks(tmp_path: Path) -> None:
+    home = RunFolder(tmp_path, {}, resume_from=tmp_path / "checkpoint-2")
+    home.check_cut(2, 2)
+    home.check_cut(None, 2)
+    home.check_cut(2, 1, may_cut=True)
+    with pytest.raises(UserError, match="is cut for a world_size of 2, now 1; .* --allow_change world_size"):
+        home.check_cut(2, 1)
+
+
+def test_only_a_run_that_has_begun_is_said_to_have_failed(tmp_path: Path) -> None:
+    """A run that is refused leaves the manifest of the one it would have gone on with."""
+    finished(tmp_path, "dpo")
+    home = open_folder(str(tmp_path), resume="auto", overwrite=False)
+    before = read_manifest(tmp_path)
+    for status in ("finished", "failed"):
+        with pytest.raises(UserError, match="no"), home.telling_failure():
+            raise UserError("no")
+        assert (read_manifest(tmp_path) or {})["status"] == status
+        assert status == "failed" or read_manifest(tmp_path) == before
+        home.write(status="running")
 
 
 def test_overwrite_spares_what_is_no_run(tmp_path: Path) -> None:
@@ -117,13 +130,13 @@ def test_ranks_that_are_not_the_first_only_look_on(tmp_path: Path) -> None:
 # --- resuming ---------------------------------------------------------------------------------------------
 
 
-def test_resume_takes_the_last_checkpoint(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_by_number(tmp_path: Path) -> None:
     finished(tmp_path, "dpo", "running")
     for step in (9, 10, 100, 20):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-old").mkdir()
     home = open_folder(str(tmp_path), resume="auto", overwrite=False)
-    assert home.resume_from == tmp_path / "checkpoint-100" and home.manifest["phase"] == "dpo"
+    assert home.resume_from is None and home.manifest["phase"] == "dpo"  # which one is found by what is in them
     assert [path.name for path in run_folder.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (9, 10, 20, 100)]
 
 
@@ -133,10 +146,9 @@ def test_resume_takes_the_checkpoint_named(tmp_path: Path) -> None:
     assert open_folder(str(tmp_path), resume=str(early), overwrite=False).resume_from == early
 
 
-@pytest.mark.parametrize(("resume", "message"), [("auto", "no checkpoint to go on from"), ("x", "no checkpoint there")])
-def test_resume_without_a_checkpoint(resume: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        open_folder(str(tmp_path), resume=resume, overwrite=False)
+def test_resume_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint there"):
+        open_folder(str(tmp_path), resume="x", overwrite=False)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------

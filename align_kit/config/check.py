@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from align_kit.config import places
 from align_kit.config.merge import ALTERNATIVES
+from align_kit.config.quantities import parse_bytes, parse_duration
 from align_kit.config.resolved import Config
+from align_kit.config.steps import parse_steps
+from align_kit.config.values import Misfit
+from align_kit.errors import UserError
 
 
 class Range(NamedTuple):
@@ -65,6 +70,8 @@ RANGES: dict[str, Range] = {
     "seed": NOT_NEGATIVE,
     "data_seed": NOT_NEGATIVE,
     "save_steps": POSITIVE,
+    "save_minutes": POSITIVE,
+    "save_milestone_steps": AT_LEAST_ONE,
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
@@ -80,6 +87,7 @@ RANGES: dict[str, Range] = {
     "lora_alpha": AT_LEAST_ONE,
     "lora_dropout": Range(0, under=1),
     "fingerprint_steps": NOT_NEGATIVE,
+    "spike_deviations": POSITIVE,
     "early_stopping_patience": AT_LEAST_ONE,
     "test_split_size": POSITIVE,
     "precompute_ref_batch_size": AT_LEAST_ONE,
@@ -262,6 +270,33 @@ def _checkpointing(config: Config) -> Iterator[str]:
             yield f"{old} and {new} are two names of one setting and were given different values; drop {old}"
 
 
+def _quantities(config: Config) -> Iterator[str]:
+    """A size or a time that cannot be read as one."""
+    for name, parse in QUANTITIES.items():
+        try:
+            parse(config.value(name) or "1")
+        except Misfit as misfit:
+            yield f"{name} ({config.origin[name]}) {misfit}"
+
+
+QUANTITIES: dict[str, Callable[[str], float]] = {"save_bytes_limit": parse_bytes, "save_before": parse_duration}
+
+
+def _second_place(config: Config) -> Iterator[str]:
+    """A place for copies of checkpoints that nothing opens, or that goes when the first one goes."""
+    url = config.run.save_copy_to
+    if url and (problem := places.problem(url, config.value("output_dir"))):
+        yield f"save_copy_to ({config.origin['save_copy_to']}) {problem}"
+
+
+def _skip_steps(config: Config) -> Iterator[str]:
+    """A list of steps that cannot be read."""
+    try:
+        parse_steps(config.run.skip_steps or "1")
+    except UserError as error:
+        yield str(error)
+
+
 def _fractions(config: Config) -> Iterator[str]:
     """TRL's shares, given to some entries only."""
     shares = [entry.fraction is not None for entry in config.data.datasets]
@@ -284,5 +319,8 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _evaluation,
     _packing,
     _checkpointing,
+    _quantities,
+    _second_place,
     _fractions,
+    _skip_steps,
 )

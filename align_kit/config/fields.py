@@ -94,6 +94,11 @@ class DataFields:
         None, "rows (or their share, under 1) cut off the training data to evaluate on"
     )
     ignore_bias_buffers: bool = option(False, "leave bias buffers out of DDP")
+    control_tokens: str = option(
+        "text",
+        "what control tokens such as <|im_end|> in the data are: text, or tokens (for rows that were rendered before)",
+        choices=("text", "tokens"),
+    )
 
 
 @dataclass
@@ -123,6 +128,29 @@ class RunFields:
     reference_differs: bool = option(False, "the reference is not the policy's start, on purpose: no step-0 identity")
     fingerprint_steps: int = option(50, "steps between comparisons of frozen weights; 0 = only at load and save")
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without a better metric")
+    async_save: bool = option(True, "write checkpoints in the background; training waits for the copy in memory only")
+    save_minutes: float | None = option(None, "save every so many minutes too")
+    save_before: str | None = option(None, "save and stop before this much time has passed: 3:50:00, or 90 (minutes)")
+    save_milestone_steps: int | None = option(None, "keep for good the checkpoints at multiples of so many steps")
+    save_bytes_limit: str | None = option(None, "room that checkpoints may take together: 200GB")
+    save_copy_to: str | None = option(None, "second place for each checkpoint: a folder or any fsspec URL")
+    full_disk: str = option("stop", "what a checkpoint that finds no room means for the run", choices=("stop", "go_on"))
+    allow_change: str | None = option(
+        None, "options that may differ when a run goes on, separated by commas: learning_rate,max_steps,world_size"
+    )
+    trust_checkpoint: bool = option(False, "load pickled objects of any kind from a checkpoint: they can run code")
+    spike_policy: str = option(
+        "warn",
+        "what a spike of loss or gradient norm means: a line, no update, or back to the last checkpoint",
+        choices=("warn", "skip", "rollback"),
+    )
+    spike_deviations: float = option(12.0, "a spike is so many median absolute deviations above the rolling median")
+    memory_check: str = option(
+        "sampled",
+        "compare weights and optimizer states at rest, from one update to the next: all, or a share that costs little",
+        choices=("off", "sampled", "full"),
+    )
+    skip_steps: str | None = option(None, "steps whose batches are drawn but not trained on: 17,18 or 120-180")
     dry_run: bool = option(False, "print the resolved configuration, batch arithmetic and engine config, then exit")
 
 

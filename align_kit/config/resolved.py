@@ -10,15 +10,17 @@ from typing import Any
 from align_kit.config.fields import DataFields, DatasetFields, ModelFields, RunFields
 from align_kit.config.schema import namespace, resolve
 from align_kit.errors import UserError
+from align_kit.scrub import scrubbed
 
 # TRL's classes warn about these values; they are kept out of the constructor and set on the instance after.
 QUIETLY: dict[str, tuple[Any, ...]] = {"truncation_mode": ("keep_end",), "pad_token": ()}
 # Places in `origin` that are not a user's word.
 OUR_DEFAULT = "align_kit's default"
 ALWAYS_SO = "align_kit, always"
+# What trackers are sent as it stands; of the engine's configuration that is a copy.
+FOR_TRACKERS = ("deepspeed", "run_name", "project")
 # What a run needs whatever a YAML says: batches are ours, and so is the progress bar.
 ALWAYS: dict[str, Any] = {"remove_unused_columns": False, "disable_tqdm": True}
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def our_defaults(phase: str) -> dict[str, Any]:
@@ -59,6 +61,10 @@ class Config:
             return self.training.get(name, key.default)
         return getattr(getattr(self, key.group), name)
 
+    def may_change(self, name: str) -> bool:
+        """Return whether `allow_change` names what may differ when the run goes on."""
+        return name in (word.strip() for word in (self.run.allow_change or "").split(","))
+
     def given(self, name: str) -> bool:
         """Return whether a YAML file or the command line set the key."""
         return self.origin.get(name) not in (None, OUR_DEFAULT, ALWAYS_SO)
@@ -66,11 +72,12 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Return every key of the phase with its resolved value, flat and JSON-ready, for the manifest.
 
-        Values in `env` whose name looks like a secret are hidden.
+        Secrets are hidden (see `scrub`).
         """
         flat: dict[str, Any] = {"phase": self.phase}
         flat |= {name: _json_ready(self.value(name)) for name in sorted(namespace(self.config_class))}
-        return flat | ({"env": _hide_secrets(self.env)} if self.env else {})
+        hidden: dict[str, Any] = scrubbed(flat | ({"env": self.env} if self.env else {}))
+        return hidden
 
     def training_arguments(self, **overrides: Any) -> Any:
         """Return an instance of the phase's config class, a `transformers.TrainingArguments`.
@@ -88,6 +95,8 @@ class Config:
             raise UserError(f"the {self.phase} configuration was refused: {error}") from None
         for name, value in later.items():
             setattr(arguments, name, value)
+        for name in FOR_TRACKERS:
+            setattr(arguments, name, scrubbed(getattr(arguments, name)))
         return arguments
 
 
@@ -126,7 +135,3 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_ready(item) for item in value]
     return value
-
-
-def _hide_secrets(env: dict[str, str]) -> dict[str, str]:
-    return {k: "<hidden>" if any(word in k.upper() for word in SECRET) else v for k, v in env.items()}

@@ -19,13 +19,17 @@ VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `5e-7` is a number."""
+    """YAML 1.1 as PyYAML reads it, except that `5e-7` is a number and `3:50:00` none."""
 
 
 # YAML 1.1 wants a dot and a sign in the exponent; every learning rate in the wild is written without.
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+# Its numbers to the base 60 make 13800 of a time; YAML 1.2 has dropped them.
+BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$"))
+for opening in "-+0123456789":
+    Loader.yaml_implicit_resolvers[opening].insert(0, BASE_60)
 
 
 @dataclass(frozen=True)

@@ -168,5 +168,7 @@ def _counted(columns: Sequence[str]) -> list[str]:
         return ["input_ids"]
     if "chosen_ids" in columns:
         return ["prompt_ids", "chosen_ids", "rejected_ids"]
+    if "completion_ids" not in columns:  # what is completed is not written yet
+        return ["prompt_ids"]
     mismatched = ["prompt_ids", "kl_completion_ids"] if "kl_completion_ids" in columns else []
     return ["prompt_ids", "completion_ids", *mismatched]

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+RENDERED_BEFORE = (
+    "most rows hold control tokens as text; if they were rendered before they came here, give --control_tokens tokens"
+)
+
+
 @dataclass
 class Wanted:
     """What is asked for: sources to train on and, where `evaluate`, how to come by rows to evaluate on."""
@@ -43,7 +48,10 @@ class Split:
 
     @property
     def warnings(self) -> list[str]:
-        return list(dict.fromkeys(text for one in self.account["sources"] for text in one["warnings"]))
+        found = list(dict.fromkeys(text for one in self.account["sources"] for text in one["warnings"]))
+        if 2 * self.report.control_rows > self.report.rows_in:
+            found.append(RENDERED_BEFORE)
+        return found
 
     def sentence(self) -> str:
         """Return one line for the header: where the rows came from and what tokenising made of them."""

@@ -2,6 +2,7 @@
 
 Strings: the prompt and prompt + completion + EOS are tokenised separately; the completion starts where the two part.
 Conversations: the same, through the chat template. `ids` are lists of int; masks hold 1 where a token is trained.
+Unlike in TRL, control tokens that a row's own text spells are text (see `control`), unless the renderer is told so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from align_kit.data.control import ControlTokens, Disguise
 from align_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Ids = list[int]
+RENDERED = ("text", "messages", "prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
+ENDED = ("text", "completion", "chosen", "rejected")  # strings that get an EOS where they have none
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -29,17 +33,36 @@ class Split(NamedTuple):
     shortened: bool
 
 
+class Own(NamedTuple):
+    """What of a row is rendered; where it spells control tokens, with stand-ins and the disguise they belong to."""
+
+    row: Row
+    disguise: Disguise | None
+
+
+class Rendered(NamedTuple):
+    """A text to tokenise; a template writes its own special tokens, a string gets the tokenizer's."""
+
+    text: str
+    templated: bool
+    disguise: Disguise | None
+
+
 class Renderer:
     """Renders batches of canonical rows with one tokenizer and one chat template.
 
     `chat_template` replaces the tokenizer's own (for instance a training template with generation markers).
+    `control_tokens` says what those are that rows spell: "text", or "tokens" as for rows that were rendered before.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, control_tokens: str = "text"
+    ) -> None:
         if not tokenizer.eos_token:
             raise UserError("the tokenizer has no EOS token, so no completion could end; set eos_token")
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.control = ControlTokens(tokenizer) if control_tokens == "text" else None
         self._stops = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
 
     def ends(self, trained: Ids) -> bool:
@@ -48,12 +71,12 @@ class Renderer:
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text with its EOS; a text that ends in EOS gets no second one."""
-        return self._encode([self._ended(text) for text in texts])
+        owns = [self._own({"text": text}) for text in texts]
+        return self._encode([Rendered(self._ended(own.row["text"]), False, own.disguise) for own in owns])
 
     def prompts(self, rows: Sequence[Row]) -> list[Ids]:
         """Return the ids of each row's prompt, up to where the model starts to write."""
-        rendered = [self._prompt_text(row) for row in rows]
-        return self._encode_mixed(rendered)
+        return self._encode([self._prompt_text(self._own(row)) for row in rows])
 
     def completions(self, rows: Sequence[Row], names: Sequence[str]) -> list[Split]:
         """Return, for each row, the ids of the prompt and of each completion named in `names`.
@@ -61,8 +84,9 @@ class Renderer:
         The prompt ends at the first token where it parts from any of its completed forms, so that all completions share
         it: that is its own end unless tokens merge across the boundary or the template renders it differently alone.
         """
-        prompts = self.prompts(rows)
-        whole = [self._encode_mixed([self._whole_text(row, name) for row in rows]) for name in names]
+        owns = [self._own(row) for row in rows]
+        prompts = self._encode([self._prompt_text(own) for own in owns])
+        whole = [self._encode([self._whole_text(own, name) for own in owns]) for name in names]
         split = []
         for prompt, *answers in zip(prompts, *whole, strict=True):
             length = min(common_prefix(prompt, answer) for answer in answers)
@@ -72,7 +96,12 @@ class Renderer:
 
     def conversations(self, rows: Sequence[Row]) -> list[Ids]:
         """Return the ids of each row's messages, as the chat template ends them."""
-        return self._encode_mixed([(self._template(row["messages"], row), True) for row in rows])
+        owns = [self._own(row) for row in rows]
+        return self._encode([Rendered(self._template(row["messages"], row), True, it) for row, it in owns])
+
+    def spelling_control(self, rows: Sequence[Row]) -> int:
+        """Return how many rows hold control tokens that are encoded as text."""
+        return 0 if self.control is None else sum(self._own(row).disguise is not None for row in rows)
 
     def assistant_masks(self, rows: Sequence[Row]) -> list[tuple[Ids, list[int]]]:
         """Return (ids, mask) for each row's messages (or prompt + completion), with 1 on the assistant's tokens.
@@ -82,28 +111,63 @@ class Renderer:
         Raises UserError where neither holds, or where a row has no assistant token.
         """
         masked = []
-        for row in rows:
+        for own in map(self._own, rows):
+            row = own.row
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
             if isinstance(messages, str) or isinstance(row.get("prompt"), str):
                 raise UserError("assistant_only_loss needs conversations, but the rows are strings; switch it off")
             marked = self._marked if _GENERATION.search(self._template_source()) else self._prefixed
-            ids, mask = marked(messages, row)
+            ids, mask = marked(messages, own)
             if not any(mask):
                 raise UserError("assistant_only_loss: a conversation has no assistant turn to train on; remove the row")
             masked.append((ids, mask))
         return masked
 
-    def _marked(self, messages: list[Row], row: Row) -> tuple[Ids, list[int]]:
-        options = self._options(row)
+    def _own(self, row: Row) -> Own:
+        """Return what of a row is rendered, disguised where it spells control tokens; an EOS at its end is no text."""
+        if self.control is None:
+            return Own(row, None)
+        own = {name: row[name] for name in RENDERED if row.get(name) is not None}
+        if isinstance(own.get("tools"), str):
+            own["tools"] = json.loads(own["tools"])
+        end = str(self.tokenizer.eos_token)
+        own |= {name: own[name].removesuffix(end) for name in ENDED if isinstance(own.get(name), str)}
+        if not self.control.within(own):
+            return Own(own, None)
+        disguise = self.control.disguise(own)
+        return Own(disguise.hidden(own), disguise)
+
+    def _marked(self, messages: list[Row], own: Own) -> tuple[Ids, list[int]]:
+        options = self._options(own.row)
         try:
+            if own.disguise is not None:
+                return self._spans_to_mask(*self._marked_spans(messages, **options), own.disguise)
             out: Any = self.tokenizer.apply_chat_template(
                 _clean(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
             )
-        except TypeError as error:
-            raise UserError(f"the chat template cannot render a conversation ({error}); content must be text") from None
+        except _refusals() as error:
+            raise _refused(messages, error) from None
         return list(out["input_ids"]), list(out["assistant_masks"])
 
-    def _prefixed(self, messages: list[Row], row: Row) -> tuple[Ids, list[int]]:
+    def _marked_spans(
+        self, messages: list[Row], *, chat_template: str | None, tools: Any, **variables: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the rendered text and where the template says that the assistant writes, as transformers does."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        told = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        rendered: Any = render_jinja_template(
+            conversations=[told],
+            tools=tools,
+            chat_template=self.tokenizer.get_chat_template(chat_template, tools),
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **variables},
+        )
+        texts, spans = rendered
+        return texts[0], spans[0]
+
+    def _prefixed(self, messages: list[Row], own: Own) -> tuple[Ids, list[int]]:
+        row = own.row
         whole = self._template(messages, row)
         spans = []
         for place, message in enumerate(messages):
@@ -118,26 +182,31 @@ class Renderer:
                 )
             # What follows the end token (a newline in ChatML) is not the assistant's to write.
             spans.append((len(before), len(after.rstrip())))
-        return self._spans_to_mask(whole, spans)
+        return self._spans_to_mask(whole, spans, own.disguise)
 
-    def _spans_to_mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[Ids, list[int]]:
+    def _spans_to_mask(
+        self, text: str, spans: list[tuple[int, int]], disguise: Disguise | None
+    ) -> tuple[Ids, list[int]]:
         if not self.tokenizer.is_fast:
             raise UserError("assistant_only_loss needs {% generation %} markers with a slow tokenizer; use a fast one")
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [int(any(start <= at < stop for start, stop in spans)) for at, _ in out["offset_mapping"]]
-        return list(out["input_ids"]), mask
+        if disguise is not None:
+            ((ids, offsets),) = disguise.encode([text], special=False)
+        else:
+            out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = list(out["input_ids"]), out["offset_mapping"]
+        return ids, [int(any(start <= at < stop for start, stop in spans)) for at, _ in offsets]
 
-    def _prompt_text(self, row: Row) -> tuple[str, bool]:
-        prompt = row["prompt"]
+    def _prompt_text(self, own: Own) -> Rendered:
+        prompt = own.row["prompt"]
         if isinstance(prompt, str):
-            return prompt, False
-        return self._template(prompt, row, add_generation_prompt=True), True
+            return Rendered(prompt, False, own.disguise)
+        return Rendered(self._template(prompt, own.row, add_generation_prompt=True), True, own.disguise)
 
-    def _whole_text(self, row: Row, name: str) -> tuple[str, bool]:
-        prompt, completion = row["prompt"], row[name]
+    def _whole_text(self, own: Own, name: str) -> Rendered:
+        prompt, completion = own.row["prompt"], own.row[name]
         if isinstance(prompt, str):
-            return prompt + self._ended(completion), False
-        return self._template([*prompt, *completion], row), True
+            return Rendered(prompt + self._ended(completion), False, own.disguise)
+        return Rendered(self._template([*prompt, *completion], own.row), True, own.disguise)
 
     def _ended(self, text: str) -> str:
         end = str(self.tokenizer.eos_token)
@@ -159,33 +228,45 @@ class Renderer:
         return {"chat_template": self.chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
 
     def _template(self, messages: list[Row], row: Row, *, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         options = self._options(row)
         try:
             text = self.tokenizer.apply_chat_template(
                 _clean(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
-        except (TemplateError, TypeError) as error:  # TypeError: a template that joins content which is null
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+        except _refusals() as error:
+            raise _refused(messages, error) from None
         return str(text)
 
-    def _encode(self, texts: Sequence[str], *, special: bool = True) -> list[Ids]:
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"]
-
-    def _encode_mixed(self, rendered: Sequence[tuple[str, bool]]) -> list[Ids]:
-        """Tokenise (text, from a template); a template writes its own special tokens, a string gets the tokenizer's."""
+    def _encode(self, rendered: Sequence[Rendered]) -> list[Ids]:
+        """Tokenise texts, those of one kind together."""
+        kinds: dict[tuple[bool, Disguise | None], list[int]] = {}
+        for place, one in enumerate(rendered):
+            kinds.setdefault((one.templated, one.disguise), []).append(place)
         encoded: list[Ids] = [[] for _ in rendered]
-        for templated in (False, True):
-            places = [place for place, (_, kind) in enumerate(rendered) if kind is templated]
-            if places:
-                ids = self._encode([rendered[place][0] for place in places], special=not templated)
-                for place, tokens in zip(places, ids, strict=True):
-                    encoded[place] = tokens
+        for (templated, disguise), places in kinds.items():
+            texts = [rendered[place].text for place in places]
+            if disguise is not None:
+                many = [ids for ids, _ in disguise.encode(texts, special=not templated)]
+            else:
+                many = self.tokenizer(texts, add_special_tokens=not templated, return_attention_mask=False)["input_ids"]
+            for place, ids in zip(places, many, strict=True):
+                encoded[place] = ids
         return encoded
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what rendering may raise: the sandbox's and the template's own refusals, and mistakes in its arithmetic.
+
+    TypeError comes from a template that joins content which is null.
+    """
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError
+
+
+def _refused(messages: list[Row], error: Exception) -> UserError:
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    return UserError(f"the chat template refuses a conversation with the roles {roles}: {error}")
 
 
 def common_prefix(ids: Ids, other: Ids) -> int:

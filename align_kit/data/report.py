@@ -8,6 +8,7 @@ from typing import Any, Literal
 from align_kit.errors import UserError, unknown
 
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
+CONTROL_TOKENS = ("text", "tokens")
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,14 @@ class TokeniseOptions:
     completion_only_loss: bool | None = None  # None: the completion of prompt_completion rows, all of others
     assistant_only_loss: bool = False
     chat_template: str | None = None  # replaces the tokenizer's
+    control_tokens: Literal["text", "tokens"] = "text"  # what those are that rows spell
     packing: bool = False  # text joined by EOS and cut into full rows of max_length
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATION_MODES:
             raise unknown("truncation_mode", str(self.truncation_mode), TRUNCATION_MODES)
+        if self.control_tokens not in CONTROL_TOKENS:
+            raise unknown("control_tokens", str(self.control_tokens), CONTROL_TOKENS)
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}; a row needs 2 tokens, one to see and one to predict")
         if self.packing and self.max_length is None:
@@ -33,7 +37,8 @@ class TokeniseOptions:
 @dataclass
 class TokeniseReport:
     """What tokenising did. `dropped`: reason -> rows; `cut`: rows that lost tokens to max_length but stayed;
-    `unended`: untruncated rows whose last trained tokens hold no end token; `leftover_tokens`: the packed tail.
+    `unended`: untruncated rows whose last trained tokens hold no end token; `control_rows`: rows that spell control
+    tokens, encoded as text; `leftover_tokens`: the packed tail.
     """
 
     kind: str
@@ -46,6 +51,7 @@ class TokeniseReport:
     identical_pairs: int = 0
     unended: int = 0
     prompt_shortened: int = 0
+    control_rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     max_tokens: int = 0
@@ -87,6 +93,7 @@ class TokeniseReport:
             (self.identical_pairs, "pairs have chosen = rejected"),
             (self.unended, "rows train no end token"),
             (self.prompt_shortened, "prompts end earlier once completed (tokens merge, or the template differs)"),
+            (self.control_rows, "rows hold control tokens as text"),
         ):
             if count:
                 said.append(f"{self._share(count)} {what}")

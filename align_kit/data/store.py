@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_kit.data.digest import canonical_json
 from align_kit.errors import UserError
+from align_kit.run_folder import make_private
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +42,7 @@ def fetch(
     if found is not None:
         return (*found, True)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        make_private(entry.parent)
         with FileLock(entry.with_name(f".{entry.name}.lock")):
             found = read(entry)
             if found is not None:
@@ -70,7 +72,8 @@ def _build(entry: Path, columns: dict[str, str], build: Callable[[Write], dict[s
     import pyarrow as pa
 
     schema = _schema(columns)
-    draft = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    draft = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}")
+    draft.mkdir()  # not mkdtemp's private folder: whoever may read the cache may read its entries
     try:
         with pa.OSFile(str(draft / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
@@ -88,7 +91,6 @@ def _build(entry: Path, columns: dict[str, str], build: Callable[[Write], dict[s
 
 def _place(draft: Path, entry: Path) -> None:
     """Rename `draft` to `entry`; a damaged folder in the way is removed, a good one from another machine kept."""
-    draft.chmod(0o755)  # mkdtemp's folders are private; the cache is shared
     if entry.exists() and read(entry) is None:
         doomed = Path(tempfile.mkdtemp(prefix=f".{entry.name}.damaged.", dir=entry.parent))
         os.rename(entry, doomed / "entry")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every cache key: raise it whenever the same input may give other tokens or columns.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BATCH_ROWS = 1000
 
 
@@ -51,7 +51,7 @@ def tokenise(
 
     def build(write: Callable[[dict[str, list[Any]]], None]) -> dict[str, Any]:
         report = TokeniseReport(kind=kind, rows_in=len(dataset), digest=key)
-        renderer = Renderer(tokenizer, options.chat_template)
+        renderer = Renderer(tokenizer, options.chat_template, options.control_tokens)
         made = _made(dataset, kind, renderer, options, report)
         _write_packed(made, options, report, write) if options.packing else _write_rows(made, write)
         if not report.rows_out:
@@ -121,6 +121,7 @@ def _made(
     for start in range(0, len(dataset), BATCH_ROWS):
         batch = dataset[start : start + BATCH_ROWS]
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        report.control_rows += renderer.spelling_control(rows)
         yield list(make(rows, renderer, options, report))
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from align_kit import log
+from align_kit import log, run_folder
 from align_kit.data import embedded
 from align_kit.data.embedded import sums
 from align_kit.demo import samples, table
@@ -87,7 +87,7 @@ class Seed:
         self.seed = seed
         self.options = options
         self.home = options.output / f"seed{seed}"
-        self.home.mkdir(parents=True, exist_ok=True)
+        run_folder.make_private(self.home)
 
     def run(self) -> dict[str, Score]:
         """Run every phase and return the score of each model that answers problems."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -41,16 +40,15 @@ def write(folder: Path, digests: Digests, logps: Sequence[Logps]) -> Path:
 
     data = _encoded(digests, logps)
     place = folder / f"{xxhash.xxh3_128_hexdigest(data)}-{uuid.uuid4().hex[:8]}.arrow"
-    descriptor, draft = tempfile.mkstemp(prefix=DRAFT, dir=folder)
+    draft = folder / f"{DRAFT}{uuid.uuid4().hex[:8]}"
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with draft.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(draft, 0o644)  # mkstemp's files are private; the cache is shared
         os.rename(draft, place)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
     _sync_folder(folder)
     return place

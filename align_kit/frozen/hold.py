@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit.errors import UserError
+from align_kit.errors import Fault
 from align_kit.forward.door import pack_for
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.forward.scores import sequence_scores
 from align_kit.frozen.identity import Identity
 from align_kit.models import lora
 from align_kit.models.load import evaluating
+from align_kit.telemetry.at_rest import sums64
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
@@ -58,13 +58,13 @@ class Frozen:
         self._sums = self._summed(policy)
 
     def check(self, policy: nn.Module, when: str) -> None:
-        """Raise `UserError` where this rank's share of the frozen weights is not what it was at load."""
+        """Raise `Fault` where this rank's share of the frozen weights is not what it was at load."""
         if self._sums is None:
             return
         now = self._summed(policy)
         wrong = [name for name, total in now.items() if self._sums.setdefault(name, total) != total]
         if wrong:
-            raise UserError(
+            raise Fault(
                 f"the frozen {self.identity.role} ({self.identity.name}) changed in memory, seen {when} in "
                 f"{wrong[0]}; its results can no longer be trusted: resume from the last checkpoint and check this "
                 "machine's memory"
@@ -72,7 +72,7 @@ class Frozen:
 
     def fingerprint(self, policy: nn.Module) -> int:
         """Return a 64-bit sum over this rank's share of the frozen weights."""
-        return sum(_sums64(self._shards(policy)).values()) % (1 << 64)
+        return sum(sums64(self._shards(policy)).values()) % (1 << 64)
 
     def _summed(self, policy: nn.Module) -> dict[str, int]:
         """Return the 64-bit sum of each tensor of the frozen model that this rank holds.
@@ -80,7 +80,7 @@ class Frozen:
         Small parameters stay gathered from the first forward on, and that copy is what computes: it is summed beside
         the shard and compared with what it was when it was first seen.
         """
-        return _sums64({**self._shards(policy), **self._resident(policy)})
+        return sums64({**self._shards(policy), **self._resident(policy)})
 
     def _shards(self, policy: nn.Module) -> dict[str, Tensor]:
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self._parameters(policy)}
@@ -188,28 +188,6 @@ def is_resident(parameter: nn.Parameter) -> bool:
 def _foreign(name: str, adapter: str | None) -> bool:
     """Tell whether a parameter belongs to an adapter that the frozen role does not compute with."""
     return "reward_heads." in name or ".lora_" in name and (adapter is None or f".{adapter}." not in name)
-
-
-def _sums64(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the sum of each tensor's bytes, read as 64-bit words; one transfer from each device for all on it."""
-    import torch
-
-    sums = {name: _sum64(tensor) for name, tensor in tensors.items()}
-    found: dict[str, int] = {}
-    for device in {total.device for total in sums.values()}:  # offloaded shards lie beside gathered parameters
-        here = {name: total for name, total in sums.items() if total.device == device}
-        found |= dict(zip(here, torch.stack(list(here.values())).tolist(), strict=True))
-    return found
-
-
-def _sum64(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8:  # a view into a flat buffer, that cannot be read in words
-        data = data.clone()
-    whole = data.numel() // 8 * 8
-    return data[:whole].view(torch.int64).sum() + data[whole:].to(torch.int64).sum()
 
 
 def freeze(model: Any) -> Any:

@@ -8,7 +8,8 @@ What has moved is in no source any more: every checkpoint holds each rank's shar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,27 +78,57 @@ class MovingReference(Frozen):
         os.replace(draft, place)
 
     def restore(self, checkpoint: Path) -> None:
-        """Take this rank's shards from `checkpoint`; raise `UserError` where it does not hold them as they were."""
-        import torch
-        from safetensors import SafetensorError, safe_open
+        """Take this rank's shards from `checkpoint`; raise `UserError` where it does not hold them as they were.
+
+        Shards that were cut for another number of ranks are cut anew; the checkpoint's manifest vouches for those.
+        """
+        from safetensors import SafetensorError
 
         place = _file(checkpoint)
+        others = _of_other_ranks(checkpoint)
+        total = None
         try:
-            with safe_open(str(place), framework="pt") as handle:
-                total = handle.metadata()["sum"]
-                with torch.no_grad():
-                    for name, tensor in self._stored().items():
-                        tensor.copy_(handle.get_tensor(name))
-                    self._let_go_of_copies()
+            if others:
+                self._take_anew(others)
+            else:
+                total = self._take(place)
+            self._let_go_of_copies()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
                 f"the checkpoint {checkpoint} does not hold the reference as it had moved ({_first_line(error)}); go "
                 "on from an older one with --resume <checkpoint>"
             ) from None
-        if str(self.fingerprint(self.model)) != total:  # type: ignore[arg-type]
+        if total is not None and str(self.fingerprint(self.model)) != total:  # type: ignore[arg-type]
             raise UserError(
                 f"{place} is not what was stored (its sum differs); go on from an older one with --resume <checkpoint>"
             )
+
+    def _take(self, place: Path) -> str:
+        """Copy this rank's shards from a file of its own; return the sum that was stored with them."""
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(str(place), framework="pt") as handle, torch.no_grad():
+            for name, tensor in self._stored().items():
+                tensor.copy_(handle.get_tensor(name))
+            return str(handle.metadata()["sum"])
+
+    def _take_anew(self, places: Sequence[Path]) -> None:
+        """Copy this rank's shards out of those of other ranks, one file each, in their order."""
+        import torch
+        from safetensors import safe_open
+
+        whole = dict(bare(self.model).named_parameters())  # type: ignore[arg-type]
+        rank = int(os.environ["RANK"])
+        with ExitStack() as opened, torch.no_grad():
+            handles = [opened.enter_context(safe_open(str(place), framework="pt")) for place in places]
+            for name, tensor in self._stored().items():
+                if not hasattr(whole[name], "ds_tensor"):
+                    tensor.copy_(handles[0].get_tensor(name))
+                    continue
+                start = min(rank * tensor.numel(), whole[name].ds_numel)
+                piece = _piece(handles, name, start, min(start + tensor.numel(), whole[name].ds_numel))
+                tensor.view(-1)[: piece.numel()] = piece  # what is left is padding
 
     def _let_go_of_copies(self) -> None:
         """Free what a forward before this has left gathered: it is of the shards that were replaced."""
@@ -113,6 +144,26 @@ class MovingReference(Frozen):
 def _file(checkpoint: Path) -> Path:
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     return checkpoint / FOLDER / f"rank_{rank}_of_{world}.safetensors"
+
+
+def _of_other_ranks(checkpoint: Path) -> list[Path]:
+    """Return the files of all ranks, in their order, where others than there are now wrote `checkpoint`."""
+    found = list((checkpoint / FOLDER).glob("rank_0_of_*.safetensors"))
+    if len(found) != 1 or (ranks := int(found[0].stem.rpartition("_")[2])) == int(os.environ["WORLD_SIZE"]):
+        return []
+    return [found[0].with_name(f"rank_{rank}_of_{ranks}.safetensors") for rank in range(ranks)]
+
+
+def _piece(handles: Sequence[Any], name: str, start: int, stop: int) -> Tensor:
+    """Return the elements from `start` to `stop` of a tensor that lies in `handles` in flat shards of one length."""
+    import torch
+
+    length = handles[0].get_slice(name).get_shape()[0]
+    parts = [
+        handles[place].get_slice(name)[max(0, start - place * length) : min(length, stop - place * length)]
+        for place in range(start // length, -(-stop // length))
+    ]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _first_line(error: Exception) -> str:

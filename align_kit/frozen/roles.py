@@ -82,7 +82,7 @@ def rewards(
 
 def _reward_names(args: Any, recorded: Recorded) -> list[str]:
     """Return the reward models that are asked for, or those of the run that goes on."""
-    if recorded:
-        return [str(one["name"]) for role, one in recorded.items() if role.partition("_")[0] == "reward"]
+    if before := [str(one["name"]) for role, one in recorded.items() if role.partition("_")[0] == "reward"]:
+        return before
     given = args.reward_model_name_or_path or []
     return [given] if isinstance(given, str) else list(given)

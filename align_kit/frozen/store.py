@@ -19,6 +19,7 @@ from align_kit import log
 from align_kit.data.digest import canonical_json, text_digest
 from align_kit.errors import UserError
 from align_kit.frozen import chunks
+from align_kit.run_folder import make_private
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,7 +254,7 @@ class ReferenceStore:
         """Make the folder on rank 0 and see that it is the same one on all ranks."""
         probe = world.gather(f"{chunks.DRAFT}{uuid4().hex}")[0]
         if world.rank == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_private(self.path)
             (self.path / "key.json").write_text(canonical_json(asdict(self.key)) + "\n", encoding="utf-8")
             chunks.sweep(self.path)
             (self.path / probe).touch()

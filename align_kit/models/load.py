@@ -30,7 +30,8 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     folder = next((f for f in places if any(f.glob("tokenizer*")) or any(f.glob("*.model"))), None)
     if folder is None:
         raise UserError(f"{source.name} has no tokenizer files; give --tokenizer_name")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    with _naming(source):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.name} has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -39,11 +40,24 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     return tokenizer
 
 
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Turn what transformers cannot load, code of the model's own that is not trusted included, into one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it comes with code of its own; read that, then give --trust_remote_code true"
+        raise UserError(f"{source.name} cannot be loaded: {reason[:200]}") from None
+
+
 def load_config(source: Source, overrides: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> Any:
     """Return the model configuration in `source`, with `overrides` (flat names) laid over it."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
+    with _naming(source):
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
     for name, value in (overrides or {}).items():
         if not hasattr(config, name):
             raise UserError(f"config_overrides: {type(config).__name__} has no field {name!r}")
@@ -135,19 +149,17 @@ def _stored_model(source: Source, how: How) -> PreTrainedModel:
     check_complete(source)
     labels = {"num_labels": 1} if how.head == "score" else {}
     try:
-        check_finite(source)
-        _check_head(source, how)
-        read: Any = auto_class(how.head).from_pretrained(
-            str(source.folder),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are named below, not in a table on standard error
-            output_loading_info=True,
-            **how.options(),
-            **labels,
-        )
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source.name} cannot be loaded: {reason}") from None
+        with _naming(source):
+            check_finite(source)
+            _check_head(source, how)
+            read: Any = auto_class(how.head).from_pretrained(
+                str(source.folder),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they are named below, not in a table on standard error
+                output_loading_info=True,
+                **how.options(),
+                **labels,
+            )
     except SafetensorError as error:
         raise UserError(f"{source.name} cannot be read ({error}); copy or download it again") from None
     model, loaded = read
@@ -223,6 +235,8 @@ def check_complete(source: Source) -> None:
     if not index.is_file():
         return
     files = set(json.loads(index.read_text())["weight_map"].values())
+    if strangers := sorted(name for name in files if not name.endswith(".safetensors")):
+        raise UserError(f"{source.name} names {strangers[0]} among its weights; only *.safetensors are read")
     missing = sorted(name for name in files if not (source.folder / name).is_file())
     if missing:
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align_kit.errors import UserError
+from align_kit.models.remembered import remembered
 from align_kit.resources import PACKAGE
 
 BUILTIN = "builtin:"
@@ -65,6 +66,8 @@ def resolve(
     if random:
         return Source(name, folder, random=True)
     if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{option} {name!r} is an adapter without adapter_model.safetensors; convert it")
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         return Source(name, folder, base=resolve(base, option=f"the base of the adapter {name}"))
     if not any(folder.glob("*.safetensors")):
@@ -125,19 +128,26 @@ def digest(source: Source, *, seed: int = 0) -> str:
     """Return the content digest of the weights: names, dtypes, shapes and bytes, whatever the files are called.
 
     Random weights are identified by their configuration and `seed`; an adapter by itself and its base.
-    A fast hash (xxh3-128) for integrity, not for security.
+    A fast hash (xxh3-128) for integrity, not for security; what was computed for the same files is `remembered`.
     """
     import xxhash
 
-    state = xxhash.xxh3_128()
     if source.random:
-        state.update((source.folder / "config.json").read_bytes() + str(seed).encode())
+        state = xxhash.xxh3_128((source.folder / "config.json").read_bytes() + str(seed).encode())
         return f"random-{state.hexdigest()}"
-    for name, header, blob in _tensors(source.folder):
+    base = digest(source.base) if source.base is not None else ""
+    files = source.folder.glob("*.safetensors")
+    return remembered("tensors", files, base, lambda: _digest_of_tensors(source.folder, base))
+
+
+def _digest_of_tensors(folder: Path, base: str) -> str:
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name, header, blob in _tensors(folder):
         state.update(name.encode() + header.encode())
         state.update(blob)
-    if source.base is not None:
-        state.update(digest(source.base).encode())
+    state.update(base.encode())
     return str(state.hexdigest())
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align_kit import frozen as frozen_models
 from align_kit import log, machine, run_folder
+from align_kit.checkpoint.reading import reading_all
 from align_kit.config import Config
 from align_kit.errors import UserError
 from align_kit.models import load, source
 from align_kit.models.source import Source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
+from align_kit.stages.contract import keep_frozen, keep_length, keep_policy
+from align_kit.stages.other_world import WORLD_SIZE, cut_for
 
 
 @dataclass
@@ -29,15 +33,12 @@ class Start:
 def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
     """Find what the policy starts from: what is named, else the newest finished run of the phase before, else random.
 
-    A resumed run starts from what its manifest names.
+    A resumed run starts from what its manifest names, or from the same content elsewhere.
     """
     model = config.model
-    home.check_same_run(recipe.name, machine.world_size())
+    home.check_cut(cut_for(home), machine.world_size(), may_cut=config.may_change(WORLD_SIZE))
     if home.resume_from is not None and "policy" in home.manifest:
-        recorded = home.manifest["policy"]["name"]
-        if model.model_name_or_path not in (None, recorded):
-            log.warn(f"model_name_or_path {model.model_name_or_path} is not read: the run goes on from {recorded}")
-        return _recorded_start(home.manifest["policy"], config)
+        return _recorded_start(home, config)
     if model.config_name:
         where, why = source.resolve(model.config_name, random=True, option="config_name"), "random weights"
     elif model.model_name_or_path:
@@ -57,14 +58,21 @@ def _start(where: Source, why: str, config: Config) -> Start:
     return Start(where, source.digest(where, seed=config.value("seed")), why, words)
 
 
-def _recorded_start(policy: dict[str, Any], config: Config) -> Start:
-    where = source.resolve(policy["name"], random=policy["random"], option="the policy this run started from:")
+def _recorded_start(home: RunFolder, config: Config) -> Start:
+    keep_length(config, home)
+    policy, named = home.manifest["policy"], config.model.model_name_or_path
+    if named and Path(named).expanduser().resolve().is_relative_to(home.path.resolve()):
+        log.warn(f"model_name_or_path {named} is not read: it is of the run that goes on, from {home.resume_from}")
+        named = None
+    where = source.resolve(
+        named or policy["name"],
+        revision=config.model.model_revision,
+        random=policy["random"],
+        option="model_name_or_path" if named else "the policy this run started from:",
+    )
     start = _start(where, "the start of the run that goes on", config)
-    if start.digest != policy["digest"]:
-        raise UserError(
-            f"{policy['name']}, which this run started from, has changed since (digest {start.digest[:12]}, was "
-            f"{policy['digest'][:12]}); restore it, or start anew with --overwrite"
-        )
+    keep_policy(config, home, where, start.digest)
+    keep_frozen(config, home, where, start.digest)
     return start
 
 
@@ -120,19 +128,8 @@ def _chat_template(place: str) -> str:
 # --- the folder of the run --------------------------------------------------------------------------------------------
 
 
-def open_home(config: Config, args: Any) -> RunFolder:
-    """Open the run's folder under the rule for folders that are not empty; rank 0 first."""
-    with args.main_process_first(local=False, desc="output folder"):
-        return run_folder.open_folder(
-            args.output_dir,
-            resume=config.run.resume,
-            overwrite=config.run.overwrite,
-            first=args.process_index == 0,
-        )
-
-
-def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None:
-    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it."""
+def _used(config: Config, start: Start, args: Any) -> list[tuple[str, str | Path | None]]:
+    """Return what the run is made from: what it is used as, and where it lies."""
     used: list[tuple[str, str | Path | None]] = [
         ("model", start.source.folder),
         ("base model", start.source.weights.folder),
@@ -141,7 +138,17 @@ def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None
     used += [("value model", getattr(args, "value_model_name_or_path", None))]
     used += [("reward model", place) for place in getattr(args, "reward_model_name_or_path", None) or []]
     used += [("data", entry.path) for entry in [*config.data.datasets, *config.data.eval_datasets]]
-    for option, place in used:
+    return used
+
+
+def reading_sources(config: Config, start: Start, args: Any) -> AbstractContextManager[None]:
+    """Keep the checkpoints that this run is made from from being deleted by the runs they belong to."""
+    return reading_all(Path(place).expanduser() for _, place in _used(config, start, args) if place)
+
+
+def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None:
+    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it."""
+    for option, place in _used(config, start, args):
         home.refuse_inside(option, place)
     if args.process_index == 0:
         home.clear()

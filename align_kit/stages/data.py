@@ -36,7 +36,7 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
 
 
 def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
-    given = {"max_length": config.value("max_length")}
+    given = {"max_length": config.value("max_length"), "control_tokens": config.data.control_tokens}
     if recipe.writes and given["max_length"] is not None:  # what is written needs room behind the prompt
         given["max_length"] -= config.value(recipe.writes) - 1
     for name in ("truncation_mode", "completion_only_loss", "assistant_only_loss"):

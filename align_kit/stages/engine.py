@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align_kit import log, machine, zero
 from align_kit.config import BatchPlan, Config, derive
 from align_kit.errors import UserError
 from align_kit.registry import Recipe
+from align_kit.stages.other_world import kept_batch
 
 
 @dataclass
@@ -72,7 +73,9 @@ def _precision(config: Config) -> str:
 
 
 def batch(config: Config, rows: int | None = None) -> BatchPlan:
-    """Return the batch arithmetic of one optimizer step."""
+    """Return the batch arithmetic of one optimizer step; a run that may go on on other ranks keeps its global batch."""
+    if kept := kept_batch(config):
+        return replace(kept, rows=rows)
     accumulation = config.value("gradient_accumulation_steps")
     return derive(
         config.value("per_device_train_batch_size"),
@@ -98,7 +101,7 @@ def process_group(config: Config, engine: Engine, plan: BatchPlan) -> Iterator[A
     zero.forget_launch(os.environ)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the arguments say it
     with open(os.devnull, "w") as nowhere, log.native_output_to(nowhere.fileno()):
-        zero.join_ranks()
+        zero.join_ranks(config.value("ddp_timeout"))
         args = config.training_arguments(
             deepspeed=engine.config,
             bf16=engine.precision == "bf16",

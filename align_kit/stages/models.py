@@ -75,7 +75,7 @@ def _loading(config: Config, args: Any) -> dict[str, Any]:
 
 def forward(policy: Any, config: Config, args: Any, home: RunFolder) -> Choice:
     """Decide how batches are computed, and open the policy for it; a run that goes on does as it did."""
-    recorded = home.manifest.get("forward") if home.resume_from else None
+    recorded = home.manifest.get("forward") if home.resume_from and not home.has_changed("forward") else None
     asked = recorded["mode"] if recorded else config.run.forward
     trains, noise = not getattr(args, "disable_dropout", False), args.neftune_noise_alpha
     try:

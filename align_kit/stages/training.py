@@ -8,10 +8,13 @@ from typing import Any
 
 from align_kit import cards, run_folder
 from align_kit import frozen as frozen_models
+from align_kit.checkpoint.contract import BY_CONTENT
 from align_kit.config import Config
 from align_kit.data.prepare import Prepared
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
+from align_kit.stages.resume import facts_of
+from align_kit.stages.saving import save_points
 
 CARD = "card:"
 
@@ -21,12 +24,14 @@ def derived(
 ) -> dict[str, tuple[Any, str]]:
     """Set the options that follow from the data or the machine, and return them with the reason for each.
 
-    A run that goes on takes them from its manifest.
+    A run that goes on takes them from its manifest, but for those that are now said, where that is allowed.
     """
     from align_kit.trainers.base import Known
 
     if home.resume_from is not None and "derived" in home.manifest:
-        decided = {name: (value, why) for name, (value, why) in home.manifest["derived"].items()}
+        before = home.manifest["derived"].items()
+        changed = {name for name, _ in before if home.has_changed(name, BY_CONTENT.get(name, name))}
+        decided = {name: (value, why) for name, (value, why) in before if name not in changed}
     else:
         known = Known(rows.train.rows, policy, config.given, _checker(config), _finished_beside(home))
         decided = recipe.trainer_class().derive(args, known)
@@ -63,6 +68,7 @@ def trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from align_kit.telemetry.progress import Fingerprints, MetricsFile, Progress
+    from align_kit.trainers.other_world import TakenOver
 
     made = recipe.trainer_class()(
         model=policy,
@@ -72,16 +78,25 @@ def trainer(
         processing_class=words,
         frozen=frozen,
     )
+    made.saver.background = config.run.async_save
+    made.saver.stop_when_full = config.run.full_disk == "stop"
+    made.trust_checkpoint = config.run.trust_checkpoint
+    if home.recut:
+        made.add_callback(TakenOver(made, home.recut, home.manifest.get("recuts", [])))
     made.forward_is_ours = config.run.forward == "auto"
     if args.process_index == 0:
         made.note = home.write
+        made.facts = lambda: facts_of(home, args.seed if args.data_seed is None else args.data_seed)
+    made.guard.follow(config.run, home.manifest.get("skip_steps", ()))
     made.remove_callback(PrinterCallback)
     made.add_callback(MetricsFile(home.path / run_folder.METRICS))
     made.progress = Progress(recipe.name)
     made.add_callback(made.progress)
     if frozen:
-        made.add_callback(Fingerprints(made.check_frozen, config.run.fingerprint_steps))
+        every = 1 if config.run.memory_check == "full" else config.run.fingerprint_steps
+        made.add_callback(Fingerprints(made.check_frozen, every))
         made.add_callback(frozen_models.Following(made.move_frozen))
+    save_points(made, config, home, args)
     if config.run.early_stopping_patience:
         made.add_callback(EarlyStoppingCallback(config.run.early_stopping_patience))
     return made

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from align_kit import log
 from align_kit.telemetry.clock import clock
+from align_kit.telemetry.replayed import put_aside
 
 LINES = 10  # how many progress lines a run prints where there is no terminal
 
@@ -88,10 +89,15 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Append every logged line to `metrics.jsonl` of the run, on rank 0."""
+    """Append every logged line to `metrics.jsonl` of the run, on rank 0; a run that goes on logs no step twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put aside what was logged after the checkpoint, and the closing line of a run that ended."""
+        if state.is_world_process_zero:
+            put_aside(self.path, lambda line: line["step"] <= state.global_step and "train_runtime" not in line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:

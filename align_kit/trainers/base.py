@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit.data.balance import balance, row_tokens
-from align_kit.errors import UserError
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
-from align_kit.models.lora import TRAINED
+from align_kit.telemetry.heartbeat import Beats, Heart, WaitingLimit
+from align_kit.telemetry.roll_call import RollCall
+from align_kit.trainers.guard import Guard
+from align_kit.trainers.resumed import ResumedTrainer
 from align_kit.trainers.routers import charged, router_coefficient
 from align_kit.trainers.settle import SettleForward
-
-EXTRA_STATE = "align_kit_state.json"
 
 
 @dataclass
@@ -81,17 +80,16 @@ class Tallies:
         return dict(zip(names, means, strict=True))
 
 
-class PhaseTrainer(Trainer):
+class PhaseTrainer(ResumedTrainer):
     """transformers' Trainer with exact normalisation, tallied metrics and plain evaluation.
 
     A subclass gives `collator`, `batch_loss` and `counts`; `frozen` are the run's frozen models by role.
     """
 
-    args: Any  # the phase's own config class, such as trl's DPOConfig
-    model: Any
-    model_wrapped: Any
     train_dataset: Any
     headline: tuple[str, ...] = ("loss", "eval_loss")  # what the footer of a run shows
+    resumable: bool = True  # whether a run could go on from the step that has just ended
+    stopped_early: str | None = None  # why, where a run was asked to save and stop
 
     def __init__(
         self, *, model: Any, args: Any, processing_class: Any, frozen: Mapping[str, Frozen] | None = None, **kw: Any
@@ -109,9 +107,16 @@ class PhaseTrainer(Trainer):
         self.gates_passed = False
         self.forward_is_ours = True  # whether the way of computing batches was ours to choose
         self.note: Callable[..., None] = lambda **entries: None  # lays entries over the run's manifest
+        self.roll_call = RollCall.of_all_ranks()
+        self.guard = Guard(self)
+        self.add_callback(self.guard)
+        self.heart = Heart.of(os.environ)
+        self.add_callback(Beats(self.heart))
+        self.add_callback(WaitingLimit())
         self.add_callback(SettleForward(self))
         self._epoch_iterator: Any = None
         self._batches_drawn = 0
+        self.prepare_saving()
         self.prepare()
 
     # --- what a method fills in ---
@@ -204,6 +209,8 @@ class PhaseTrainer(Trainer):
         return super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.guard.passes_over:
+            return self.guard.pass_over(model, last=self.accelerator.sync_gradients)
         if not self.gates_passed:
             self.gates_passed = True
             for frozen in self.frozen.values():
@@ -220,6 +227,7 @@ class PhaseTrainer(Trainer):
         self.tallies.add(outcome.tallies)
         # The engine averages gradients over ranks; times world size makes that the sum the normaliser expects.
         loss = outcome.total * (self.accelerator.num_processes / num_items_in_batch[0].clamp(min=1))
+        self.guard.saw(loss)
         return (loss, None) if return_outputs else loss
 
     def _charged_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
@@ -241,8 +249,12 @@ class PhaseTrainer(Trainer):
             size = self.args.per_device_train_batch_size
             batches.append(self._marked(batch, self._batches_drawn, size, len(self.train_dataset)))
             self._batches_drawn += 1
-        mine = self.step_sums(batches).to(device)
-        return batches, self.accelerator.reduce(mine, "sum")
+        mine = torch.zeros(1) if self.guard.passes_over else self.step_sums(batches).to(device)
+        tokens = 0 if self.guard.passes_over else sum(int(batch["attention_mask"].sum()) for batch in batches)
+        brought = torch.cat([mine.double(), mine.new_tensor([tokens], dtype=torch.float64)])
+        step = self.roll_call.summed("step", self.state.global_step + 1, len(batches), brought)
+        self.tokens_seen += int(step[-1])
+        return batches, step[:-1].to(mine)
 
     def _batches_skipped(self) -> int:
         """Return how many of this rank's batches of the epoch were trained on before: none, unless a run goes on."""
@@ -262,6 +274,7 @@ class PhaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics tallied since the last log, over all ranks, to a training line."""
+        self.guard.correct(logs)
         if "loss" in logs:
             share = self.accelerator.num_processes  # a mean over ranks times their number is their sum
             self.tallies.add({"tokens": (self.tokens_computed * share, 1)})
@@ -271,74 +284,11 @@ class PhaseTrainer(Trainer):
             logs.update(found)
         super().log(logs, start_time)
 
-    @property
-    def stored_model(self) -> Any:
-        """The part of the model that a finished run leaves behind."""
-        return self.model
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether an adapter is trained, not the weights themselves."""
-        return hasattr(self.stored_model, "peft_config")
-
-    def stored_names(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Return of what `named` names in the trained module the stored model's part, by the names it has there."""
-        place = next(name for name, module in self.model.named_modules() if module is self.stored_model)
-        prefix = f"{place}." if place else ""
-        mine = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-        return {name: value for name, value in mine.items() if not self.is_lora or f".{TRAINED}." in name}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Let transformers store the part that is left behind; the engine's own files hold the rest.
-
-        Of several adapters that is the trained one: the others' folders would hold its weights under their names.
-        """
-        trained, names = self.model, None if state_dict is None else self.stored_names(state_dict)
-        stored = self.stored_model
-        if self.is_lora:
-            stored.save_pretrained = functools.partial(stored.save_pretrained, selected_adapters=[TRAINED])
-        try:
-            self.model = stored
-            super()._save(output_dir, names)
-        finally:
-            self.model = trained
-            vars(stored).pop("save_pretrained", None)
-
-    # --- what a checkpoint holds beside transformers' own ---
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return what a resumed run must know beside weights, optimizer and step: plain JSON, the same on all ranks."""
-        return {}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        for frozen in self.frozen.values():
-            frozen.save(self._checkpoint_folder())  # first: a checkpoint counts as one when transformers has written it
-        if (state := self.extra_state()) and self.args.should_save:
-            self._checkpoint_folder().mkdir(parents=True, exist_ok=True)
-            (self._checkpoint_folder() / EXTRA_STATE).write_text(json.dumps(state))
-        super()._save_checkpoint(model, trial)
-
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-    def _load_callback_state(self) -> None:
-        """Read our own state where transformers reads its callbacks': once, when a run goes on."""
-        super()._load_callback_state()
-        if not self.extra_state():
-            return
-        place = self._checkpoint_folder() / EXTRA_STATE
-        try:
-            self.load_extra_state(json.loads(place.read_text()))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{place} cannot be read ({error}); go on from an older checkpoint with --resume") from None
-
     def check_frozen(self, when: str) -> None:
         """Compare every frozen model with its first fingerprint; see `Frozen.check`."""
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
         for frozen in self.frozen.values():
-            frozen.check(self.accelerator.unwrap_model(self.model_wrapped), when)
+            self.guard.together(functools.partial(frozen.check, policy, when))
 
     def move_frozen(self, step: int) -> None:
         """Let the frozen models that move follow the policy, now that `step` optimizer steps are done."""
@@ -346,6 +296,12 @@ class PhaseTrainer(Trainer):
             frozen.after_step(self.accelerator.unwrap_model(self.model_wrapped), step)
 
     # --- evaluation ---
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation, once all ranks are about to run as many."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.roll_call("evaluation", self.state.global_step, len(loader))
+        return loader
 
     def evaluation_loop(
         self,
@@ -374,5 +330,6 @@ class PhaseTrainer(Trainer):
     def _evaluation_batches(self, dataloader: Any) -> Iterator[dict[str, Any]]:
         """Yield this rank's batches of an evaluation on its device, repeats marked."""
         for index, batch in enumerate(dataloader):
+            self.heart.beat("evaluate")
             marked = self._marked(batch, index, self.args.per_device_eval_batch_size, len(dataloader.dataset))
             yield cast("dict[str, Any]", self._prepare_inputs(marked))

@@ -28,11 +28,22 @@ class IterationEnd(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.waiting: set[str] = set()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.put_samples_aside()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.epoch = self._passes()
         goes_on = self.trainer.after_update() and state.global_step < state.max_steps
+        self.trainer.resumable = not goes_on
         for name in ("should_save", "should_evaluate"):
             if getattr(control, name):
                 self.waiting.add(name)
             setattr(control, name, name in self.waiting and not goes_on)
         if not goes_on:
             self.waiting.clear()
+
+    def _passes(self) -> float:
+        """Return how often each prompt has been written to: transformers would count the whole run as one epoch."""
+        trainer = self.trainer
+        prompts = trainer.iteration * trainer.completions_per_iteration / trainer.args.num_generations
+        return float(prompts / len(trainer.train_dataset))

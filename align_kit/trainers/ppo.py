@@ -29,6 +29,7 @@ from align_kit.data.collate import LanguageCollator
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps, tokens_and_values, value_states
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
+from align_kit.telemetry.replayed import put_aside
 from align_kit.trainers import experience
 from align_kit.trainers.assess import Assessor
 from align_kit.trainers.base import BatchLoss, Known, PhaseTrainer, Tallies
@@ -164,6 +165,7 @@ class PPO(PhaseTrainer):
 
     def _collect(self) -> Columns:
         """Write, judge and share the completions of the next iteration; report them."""
+        self.roll_call("rollout", self.iteration + 1, self.completions_per_iteration)
         share = self.completions_per_iteration // self.args.world_size
         mine = range(share * self.args.process_index, share * (self.args.process_index + 1))
         prompts = self._prompts_of(self.iteration)
@@ -207,10 +209,12 @@ class PPO(PhaseTrainer):
         `numbers` tell the rows of an iteration apart; as many prompts on each rank, for ZeRO-3 gathers together.
         """
         args, began = self.args, time.monotonic()
+        self.heart.beat("rollout")
         draws = draws_for(numbers, args.response_length, seed=args.seed, iteration=iteration)
         written = self.writer.write([row["prompt_ids"] for row in prompts], draws)
         self.seconds["rollout"] += time.monotonic() - began
         began = time.monotonic()
+        self.heart.beat("rollout")
         rows = self.assess(self.model_wrapped, prompts, written)
         self.seconds["score"] += time.monotonic() - began
         return rows, self.assess.texts(written)
@@ -372,15 +376,23 @@ class PPO(PhaseTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         return {
+            **super().extra_state(),
             "iteration": self.iteration,
             "kl_coef": self.kl_coef.state_dict(),
             "moments": self.moments.state_dict(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
         self.iteration = int(state["iteration"])
         self.kl_coef.load_state_dict(state["kl_coef"])
         self.moments.load_state_dict(state["moments"])
+
+    def put_samples_aside(self) -> None:
+        """Take out of `samples.jsonl` what a run that goes on will write again."""
+        if self.args.process_index == 0:
+            samples = Path(self.args.output_dir) / SAMPLES
+            put_aside(samples, lambda line: line["iteration"] <= self.iteration)
 
 
 def _rollout_placement(args: Any, known: Known) -> dict[str, tuple[Any, str]]:

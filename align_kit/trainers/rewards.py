@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from align_kit.data.checkers import as_reward
 from align_kit.data.collate import pad_BT
+from align_kit.data.render import Renderer
 from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
 from align_kit.trainers.base import Known
@@ -78,7 +79,7 @@ class ModelJudge:
     def _ids(self, prompt: Any, completion: str, ended: bool) -> list[int]:
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
             turns = [*prompt, {"role": "assistant", "content": completion}]
-            return list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+            return Renderer(self.tokenizer).conversations([{"messages": turns}])[0]
         before = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
         ids = list(self.tokenizer(before + completion)["input_ids"])
         return ids + [self.tokenizer.eos_token_id] * (ended and ids[-1:] != [self.tokenizer.eos_token_id])

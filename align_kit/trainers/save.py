@@ -15,6 +15,7 @@ from torch import Tensor
 from align_kit.errors import UserError
 from align_kit.models import load, source
 from align_kit.trainers.base import PhaseTrainer
+from align_kit.trainers.gather import gathered
 
 # Greatest allowed difference of a logit between the live and the re-opened model; a kernel may sum in another order.
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -37,14 +38,14 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
     engine. Rank 0 writes into a temporary folder, checks every tensor, runs the re-opened model on the probe, and
     only then moves the files in place. Returns `None` on the other ranks. Raises `UserError` where a check fails.
     """
-    weights = _gathered(trainer)
-    live = _live_logits(trainer, probe)
+    weights = gathered(trainer)
+    live = live_logits(trainer, probe)
     saved = None
     if trainer.args.should_save:
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            _write(trainer, staging, weights)
+            trainer.store_model(staging, weights)
             _check_tensors(staging, weights, _expected(trainer), _as_stored(trainer, weights))
             trusted = getattr(trainer.args, "trust_remote_code", False)
             reopened = reopen(staging, next(trainer.model.parameters()).dtype, trust_remote_code=trusted)
@@ -59,33 +60,13 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
     return saved
 
 
-def _gathered(trainer: PhaseTrainer) -> dict[str, Tensor]:
-    """Return what is to be stored on rank 0: all weights, or the adapter's alone where LoRA is trained."""
-    engine = trainer.model_wrapped
-    if not trainer.is_lora:
-        return trainer.stored_names(trainer.accelerator.get_state_dict(engine) or {})
-    if engine.zero_optimization_partition_weights():
-        return trainer.stored_names(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {})
-    trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
-    state = engine.module.state_dict()
-    return trainer.stored_names({name: tensor.cpu() for name, tensor in state.items() if name in trained})
-
-
-def _live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
+def live_logits(trainer: PhaseTrainer, probe: Mapping[str, Tensor]) -> Tensor:
+    """Return what the engine gives for a batch that all ranks have, computed the plain way, in fp32 on the CPU."""
     engine = trainer.model_wrapped
     engine.eval()
     with torch.no_grad():
         batch = {name: probe[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
         return engine(**batch, use_cache=False).logits.float().cpu()
-
-
-def _write(trainer: PhaseTrainer, folder: Path, weights: dict[str, Tensor]) -> None:
-    model: Any = trainer.stored_model
-    model.config.use_cache = True
-    adapters = {"selected_adapters": ["default"]} if trainer.is_lora else {}
-    # A copy: transformers empties the mapping it is given, and the tensors are compared afterwards.
-    model.save_pretrained(str(folder), state_dict=dict(weights), **adapters)
-    trainer.processing_class.save_pretrained(str(folder))  # type: ignore[union-attr]
 
 
 def _expected(trainer: PhaseTrainer) -> dict[str, tuple[int, ...]]:
@@ -159,7 +140,7 @@ def reopen(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False)
     labels = {"num_labels": 1} if where.head == "score" else {}
     with load.plain_transformers():
         model: Any = load.auto_class(where.head).from_pretrained(
-            str(where.weights.folder), dtype=dtype, trust_remote_code=trust_remote_code, **labels
+            str(where.weights.folder), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **labels
         )
         if where.is_adapter:
             from peft import PeftModel

@@ -1,0 +1,52 @@
+"""The trained weights in one place: rank 0's, from the shards of all, at once or behind the training's back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from align_kit.checkpoint.assemble import Shards, can_assemble
+
+
+def gathered(trainer: Any, *, copy: bool = False) -> dict[str, Tensor]:
+    """Return on rank 0 what is to be stored: all weights, or the adapter's alone where LoRA is trained.
+
+    All ranks call it; the others get nothing. With `copy` no tensor is one that training goes on to change.
+    """
+    named = trainer.stored_names(_whole(trainer))
+    return _copied(named, trainer.model) if copy else named
+
+
+def _copied(named: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return tensors of which none shares memory with the model's; those that share it with each other still do."""
+    live = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    copies: dict[tuple[int, Any, Any], Tensor] = {}
+    found = {}
+    for name, tensor in named.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+        found[name] = copies[key]
+    return found
+
+
+def _whole(trainer: Any) -> dict[str, Tensor]:
+    engine = trainer.model_wrapped
+    if not trainer.is_lora:
+        return trainer.accelerator.get_state_dict(engine) or {}
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
+    trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: tensor.cpu() for name, tensor in engine.module.state_dict().items() if name in trained}
+
+
+def shards_of(trainer: Any) -> Shards | None:
+    """Return this rank's part of what is to be stored, where whole weights can be joined from all parts later."""
+    engine = trainer.model_wrapped
+    if trainer.is_lora or not engine.zero_optimization_partition_weights() or not can_assemble(trainer.model, engine):
+        return None
+    stored = trainer.stored_names(dict(trainer.model.named_parameters(remove_duplicate=False)))
+    buffers = trainer.stored_names(dict(trainer.model.named_buffers()))
+    persistent = trainer.stored_model.state_dict().keys()
+    return Shards(stored, {name: buffer for name, buffer in buffers.items() if name in persistent})
