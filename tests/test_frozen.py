@@ -237,7 +237,8 @@ def test_a_flipped_bit_of_the_reference_ends_the_run(lab: Lab, tmp_path: Path, f
     """One bit in one rank's shard, at step 2: both ranks end with one line that names the role and the step."""
     asked = {"use_peft": form == "lora" or None, "deepspeed": lab.sharded, "max_steps": 4, "fingerprint_steps": 1}
     run = lab.start("dpo", tmp_path / "run", harm="flip_one_bit_of_reference", **asked)
-    assert "the frozen reference" in run.result.error(code=3) and "changed in memory, seen at step 2" in run.result.error(code=3)
+    line = run.result.error(code=3)
+    assert "the frozen reference" in line and "changed in memory, seen at step 2" in line
     assert run.manifest["status"] != "finished"
 
 

@@ -191,7 +191,8 @@ def test_elements_on_each_rank(lab: Lab, tmp_path: Path, placement: str) -> None
 def test_a_flipped_bit_ends_the_run_wherever_it_is(lab: Lab, tmp_path: Path, placement: str) -> None:
     asked = {"deepspeed": lab.sharded, "max_steps": 4, "fingerprint_steps": 1, "reference_placement": placement}
     run = lab.start("dpo", tmp_path / "run", harm="flip_one_bit_of_reference", **asked)
-    assert "the frozen reference" in run.result.error(code=3) and "changed in memory, seen at step 2" in run.result.error(code=3)
+    line = run.result.error(code=3)
+    assert "the frozen reference" in line and "changed in memory, seen at step 2" in line
 
 
 @pytest.mark.slow
@@ -199,7 +200,8 @@ def test_a_flipped_bit_of_a_gathered_parameter_ends_the_run(lab: Lab, tmp_path: 
     """Small parameters stay gathered, and that copy computes: intact shards prove nothing about it."""
     asked = {"deepspeed": "zero3", "max_steps": 6, "fingerprint_steps": 1}
     run = lab.start("dpo", tmp_path / "run", harm="flip_one_gathered_bit", **asked)
-    assert "changed in memory, seen at step 2 in" in run.result.error(code=3) and "(gathered)" in run.result.error(code=3)
+    line = run.result.error(code=3)
+    assert "changed in memory, seen at step 2 in" in line and "(gathered)" in line
 
 
 # --- cached -----------------------------------------------------------------------------------------------

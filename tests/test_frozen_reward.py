@@ -146,4 +146,5 @@ def test_a_reward_model_with_fewer_words_of_its_own(lab: Lab, placement: str) ->
 def test_a_flipped_bit_names_the_reward_model_it_is_in(lab: Lab, tmp_path: Path, placement: str) -> None:
     asked = {**with_two(lab, placement), "fingerprint_steps": 1}
     run = lab.start("ppo", tmp_path / "run", harm="flip_one_bit_of_reward", **asked)
-    assert "the frozen reward_1" in run.result.error(code=3) and "changed in memory, seen at step 2" in run.result.error(code=3)
+    line = run.result.error(code=3)
+    assert "the frozen reward_1" in line and "changed in memory, seen at step 2" in line

@@ -110,11 +110,11 @@ class CheckpointedTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # the folder is there
             for frozen in self.frozen.values():
                 frozen.save(folder)
+            self._note_best(step)  # on all ranks: together they load it in the end
             self._hand_weights_over(folder)
             if self.args.should_save:
                 state = {**self.extra_state(), "guard": self.guard.state_dict()}
                 (folder / EXTRA_STATE).write_text(json.dumps(state))
-                self._note_best(step)
                 self._save_trainer_state(folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))

@@ -26,7 +26,7 @@ from typing import Any
 
 from align_kit import log, run_folder
 from align_kit.checkpoint import manifest
-from tests.faults.world import LORA, Victim, differences, undisturbed
+from tests.faults.world import LORA, Victim, differences, flip, undisturbed
 from tests.harness import Ranks
 from tests.small import Lab, lab_of, words
 
@@ -203,16 +203,6 @@ def ranks_in(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def flip(path: Path, draw: random.Random) -> None:
-    """Change one bit of a file."""
-    with path.open("r+b") as stream:
-        at = draw.randrange(path.stat().st_size)
-        stream.seek(at)
-        byte = stream.read(1)[0]
-        stream.seek(at)
-        stream.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
 def main() -> int:

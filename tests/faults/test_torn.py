@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 
 from align_kit.checkpoint import manifest
-from tests.faults.world import LORA, Victim, assert_equal, undisturbed
+from tests.faults.world import LORA, Victim, assert_equal, flip, undisturbed
 from tests.small import Lab
 
 pytestmark = pytest.mark.slow
 FLIPS = 200
-
-
-def flip(path: Path, draw: random.Random) -> None:
-    """Change one bit of a file."""
-    with path.open("r+b") as stream:
-        at = draw.randrange(path.stat().st_size)
-        stream.seek(at)
-        byte = stream.read(1)[0]
-        stream.seek(at)
-        stream.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
 def flipped(pattern: str) -> Callable[[Path], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -119,6 +120,16 @@ def differences(victim: Victim, whole: Run) -> tuple[int, bool]:
         bool((ours[name] == tensor).all()) for name, tensor in whole.weights.items()
     )
     return lost, equal
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as stream:
+        at = draw.randrange(path.stat().st_size)
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
 TIMED = ("_per_second", "runtime", "train_")
