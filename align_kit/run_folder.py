@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,16 +117,22 @@ class RunFolder:
         """Tell whether one of these options or facts is, as allowed, not what it was when the run began."""
         return any(one["name"] in names for one in self.changes)
 
+    def plain(self) -> dict[str, Any]:
+        """Return the manifest as it is stored: plain values, without secrets."""
+        return dict(scrubbed(json.loads(json.dumps(self.manifest, default=str))))
+
     def write(self, **entries: Any) -> None:
         """Lay `entries` over the manifest and store it without secrets: whole or not at all."""
         self.manifest |= entries
         self.begun = True
-        plain = json.loads(json.dumps(self.manifest, default=str))
-        text = json.dumps(scrubbed(plain), indent=2, sort_keys=True)
+        text = json.dumps(self.plain(), indent=2, sort_keys=True)
         make_private(self.path)
         draft = self.path / f".{MANIFEST}.{os.getpid()}"
         try:
-            draft.write_text(text)
+            with draft.open("w") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())  # a rename that outlives its file's bytes leaves an empty one
             os.replace(draft, self.path / MANIFEST)
         finally:
             draft.unlink(missing_ok=True)
@@ -192,6 +199,8 @@ def _check_writable(path: Path) -> None:
 
 def _named(path: Path, resume: str) -> Path:
     chosen = Path(resume).expanduser()
+    if not re.fullmatch(r"checkpoint-\d+", chosen.name):
+        raise UserError(f"--resume {resume}: no checkpoint's name; give a checkpoint-N folder, or --resume alone")
     if not (chosen / "trainer_state.json").is_file():
         raise UserError(f"--resume {resume}: no checkpoint there (no trainer_state.json); give a checkpoint-N folder")
     if chosen.resolve().parent != path.resolve():

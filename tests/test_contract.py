@@ -313,8 +313,11 @@ def test_an_allowed_learning_rate_trains_from_there(lab: Lab, sft: Run, tmp_path
     assert [(one["name"], one["step"]) for one in again.manifest["changes"]] == [
         (name, SAVED_AT) for name in sorted(changes)
     ]
-    once_more = go_on(lab, "sft", cut_short(again, tmp_path / "once more"), **changes)
-    once_more.result.ok()  # what was allowed is what the run is
+    place = cut_short(again, tmp_path / "once more")
+    line = go_on(lab, "sft", place, **changes).result.error()  # the checkpoint is still of the run before the change
+    assert "learning_rate was 0.003, now 0.001" in line
+    once_more = go_on(lab, "sft", place, **changes, allow_change="lr,weight_decay,adam_beta2")
+    once_more.result.ok()
     assert all((once_more.weights[name] == tensor).all() for name, tensor in again.weights.items())
     assert len(once_more.manifest["changes"]) == 3
 

@@ -147,8 +147,9 @@ def test_resume_takes_the_checkpoint_named(tmp_path: Path) -> None:
 
 
 def test_resume_of_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint there"):
-        open_folder(str(tmp_path), resume="x", overwrite=False)
+    for name, message in (("checkpoint-3", "no checkpoint there"), ("best", "no checkpoint's name")):
+        with pytest.raises(UserError, match=message):
+            open_folder(str(tmp_path), resume=name, overwrite=False)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Shards:
         """Copy this rank's shards and have them written beside the checkpoint in the making."""
         from safetensors.torch import save_file
 
-        copied = {name: copies.copy(p.ds_tensor.data, f"weights/{name}") for name, p in self._own().items()}
+        copied = {name: copies.copy(p.ds_tensor.data, "weights", name) for name, p in self._own().items()}
         later(_file(folder, rank), lambda place: save_file(copied, str(place)))
 
     def _own(self) -> dict[str, Any]:

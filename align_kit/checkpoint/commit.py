@@ -5,7 +5,9 @@ Ranks speak through files, never through collectives, so that all of it may happ
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -16,8 +18,10 @@ from typing import Any
 from align_kit.checkpoint import manifest
 
 TORN = "torn"  # in a run: checkpoints that do not verify
+LEFT = "left"  # and those of a course that the run has left, for it went on from an older one
 HANDED = ".handed"  # in a folder that is being written: a file from each rank
 LOOK = 0.01  # seconds between two looks for the other ranks' files
+WALK = 1.0  # and between two looks at how the folder grows, which asks the file system about every file
 NAME = "checkpoint"
 
 
@@ -72,12 +76,13 @@ def handed_over(folder: Path, world_size: int, *, patience: Callable[[], float])
 
 def _comes(place: Path, folder: Path, patience: Callable[[], float]) -> bool:
     """Wait for the file `place`; False where `folder` has stopped growing before it came."""
-    grown, since = -1, time.monotonic()
+    grown, since, looked = -1, time.monotonic(), -math.inf
     while not place.exists():
-        size = manifest.total_bytes(folder)
-        if size != grown:
-            grown, since = size, time.monotonic()
-        elif time.monotonic() - since > patience():
+        now = time.monotonic()
+        if now - looked >= WALK:
+            size, looked = manifest.total_bytes(folder), now
+            grown, since = (size, now) if size != grown else (grown, since)
+        if now - since > patience():
             return False
         time.sleep(LOOK)
     return True
@@ -93,13 +98,13 @@ def publish(folder: Path, place: Path, facts: Mapping[str, Any], files: Mapping[
     manifest.flush(place.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """Move a checkpoint folder that is not to be found any more into `<run>/torn/`, and return where it is."""
-    home = folder.parent / TORN
+def set_aside(folder: Path, under: str = TORN) -> Path:
+    """Move a checkpoint folder that is not to be found any more into `<run>/<under>/`, and return where it is."""
+    home = folder.parent / under
     home.mkdir(exist_ok=True)
     name = folder.name.lstrip(".")
-    taken = sum(1 for other in home.glob(f"{name}*"))
-    place = home / (f"{name}.{taken}" if taken else name)
+    places = itertools.chain([home / name], (home / f"{name}.{number}" for number in itertools.count(1)))
+    place = next(place for place in places if not place.exists())
     os.rename(folder, place)
     manifest.flush(folder.parent)
     return place

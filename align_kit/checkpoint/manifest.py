@@ -15,6 +15,7 @@ from typing import Any
 from align_kit.data.digest import canonical_json, text_digest
 
 NAME = "manifest.json"
+RUN = "run.json"  # in a checkpoint: what the manifest of its run said when it was made
 FORMAT = 1
 PIECE = 1 << 22  # bytes read at a time
 

@@ -50,6 +50,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._full = False
+        self._leaves = False
 
     def has_room(self, step: int, estimate: int, gather: Gather) -> bool:
         """Tell whether the disk has room for the checkpoint of `step`, once the last one is done; all ranks call it.
@@ -66,6 +67,7 @@ class Saver:
         """Yield the folder for the checkpoint of `step`, made by rank 0; the caller sees to it that all ranks wait."""
         began = time.monotonic()
         self.join()
+        self._leaves = False
         folder = commit.staging(self.run, step)
         if self.rank == 0:
             commit.open_staging(folder)
@@ -116,7 +118,7 @@ class Saver:
         commit.hand_over(folder, self.rank, entries)
 
     def _commit(self, folder: Path, step: int, last: Writes, facts: Mapping[str, Any]) -> None:
-        files = commit.handed_over(folder, self.world_size, patience=lambda: self.patience)
+        files = commit.handed_over(folder, self.world_size, patience=self._patience)
         files |= _written(folder, last)
         place = commit.final(self.run, step)
         commit.publish(folder, place, facts, files)
@@ -125,6 +127,9 @@ class Saver:
             self.after_commit(place)
         except Exception as error:  # the checkpoint stands, whatever becomes of those before it
             log.warn(f"{place.name} is committed, but not all that follows was done: {_words(error)}")
+
+    def _patience(self) -> float:
+        return min(self.patience, LEAVING) if self._leaves else self.patience
 
     def _failed(self, step: int, reason: str) -> None:
         standing = checkpoints(self.run)
@@ -145,7 +150,7 @@ class Saver:
 
     def leave(self) -> None:
         """Wait for the save that is under way, and not for long where another rank has ended: this one ends badly."""
-        self.patience = min(self.patience, LEAVING)
+        self._leaves = True
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,20 +27,23 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
-    def copy(self, value: Any, place: str) -> Any:
-        """Return `value` with each tensor in it copied; `place` tells its tensors from other values'."""
+    def copy(self, value: Any, *place: Any) -> Any:
+        """Return `value` with each tensor in it copied; `place` tells its tensors from other values'.
+
+        What has a state of its own and is no tensor (a loss scaler) is copied as well: training goes on to change it.
+        """
         if isinstance(value, Tensor):
             return self._tensor(value, place)
         if isinstance(value, Mapping):
-            copies = {key: self.copy(item, f"{place}/{key}") for key, item in value.items()}
+            copies = {key: self.copy(item, *place, key) for key, item in value.items()}
             return copies if type(value) is dict else _like(value, copies)
         if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-            return type(value)(self.copy(item, f"{place}/{index}") for index, item in enumerate(value))
-        return value
+            return type(value)(self.copy(item, *place, index) for index, item in enumerate(value))
+        return copy.copy(value)
 
-    def _tensor(self, tensor: Tensor, place: str) -> Tensor:
+    def _tensor(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
         kept = self._kept.get(place)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = self._kept[place] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")

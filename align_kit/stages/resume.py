@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from align_kit import run_folder, supervised
-from align_kit.checkpoint import commit, find, trusted
+from align_kit import log, run_folder, supervised
+from align_kit.checkpoint import commit, find, keep, manifest, trusted
 from align_kit.config import BatchPlan, Config
 from align_kit.errors import UserError
 from align_kit.registry import Recipe
@@ -21,7 +22,7 @@ def open_home(recipe: Recipe, config: Config, engine: Engine, plan: BatchPlan, a
     """Open the run's folder under the rule for folders that are not empty; rank 0 first.
 
     A run that is started again goes on from its newest checkpoint, or from the beginning where it has none yet. One
-    that goes on must be the run it was, but for what it is allowed to change: before a checkpoint is read or moved.
+    that goes on must be the run it was when the checkpoint was made, but for what it is allowed to change.
     """
     allowed(config)  # a mistake in it must not wait for the day the run goes on
     again = os.environ.get(supervised.RESUME)
@@ -29,21 +30,44 @@ def open_home(recipe: Recipe, config: Config, engine: Engine, plan: BatchPlan, a
     if not (again or config.run.resume):
         refuse_used_copies(config, args)
         return home
-    if home.manifest and (home.resume_from or run_folder.checkpoints(home.path)):
-        keep_options(recipe, config, engine, plan, home)
-    if home.resume_from is not None:
+    named = home.resume_from is not None
+    if named:
         _check_named(home, args)
-        return _vetted(home, config, args)
-    home.resume_from = find.newest_verified(home.path, args.process_index, gather)
-    if home.resume_from is None and fetched(config, home, args, gather):
-        keep_options(recipe, config, engine, plan, home)
-    if home.resume_from is None and again:
-        anew = _opened(config, args, None, replace=True)
-        anew.spares = (commit.TORN,)
-        return anew
-    if home.resume_from is None:
+    else:
+        home.resume_from = find.newest_verified(home.path, args.process_index, gather)
+    if home.resume_from is None and not fetched(config, home, args, gather):
+        if again:
+            anew = _opened(config, args, None, replace=True)
+            anew.spares = (commit.TORN, commit.LEFT)
+            return anew
         raise UserError(f"--resume: {home.path} holds no checkpoint to go on from; start without --resume")
+    _take_up_record(home)
+    keep_options(recipe, config, engine, plan, home)
+    if named and args.process_index == 0:
+        _leave_newer(home)
     return _vetted(home, config, args)
+
+
+def _take_up_record(home: RunFolder) -> None:
+    """Let what the run was be what its checkpoint says: the folder's manifest may be of another course of the run."""
+    assert home.resume_from is not None
+    passed_over = home.manifest.get("skip_steps", [])
+    try:
+        home.manifest = json.loads((home.resume_from / manifest.RUN).read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{home.resume_from} does not say what run it is of (no {manifest.RUN}); go on from another checkpoint"
+        ) from None
+    if passed_over:  # decided after the checkpoint, and not to be met again
+        home.manifest["skip_steps"] = sorted({*passed_over, *home.manifest.get("skip_steps", [])})
+
+
+def _leave_newer(home: RunFolder) -> None:
+    """Move checkpoints beyond the one that was named out of the way: the next resume must not take them up."""
+    for place in run_folder.checkpoints(home.path):
+        if keep.step_of(place) > home.step:
+            moved = commit.set_aside(place, commit.LEFT)
+            log.warn(f"the run goes on from step {home.step}: {place.name} was moved to {commit.LEFT}/{moved.name}")
 
 
 def _opened(config: Config, args: Any, resume: str | None, *, replace: bool = False) -> RunFolder:

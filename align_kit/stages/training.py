@@ -86,6 +86,7 @@ def trainer(
     made.forward_is_ours = config.run.forward == "auto"
     if args.process_index == 0:
         made.note = home.write
+        made.record = home.plain
         made.facts = lambda: facts_of(home, args.seed if args.data_seed is None else args.data_seed)
     made.guard.follow(config.run, home.manifest.get("skip_steps", ()))
     made.remove_callback(PrinterCallback)

@@ -1,23 +1,29 @@
 """What the numbers of a step say before its update: go on, make no update, or stop. No engine, no ranks: numbers only.
 
-A spike is told by the rolling median and the median absolute deviation (MAD) of what came before: both ignore the
-spikes themselves, which a mean and a standard deviation would not.
+A spike lies so many deviations above the rolling median. How far numbers deviate is told by medians and their order
+(Hampel, The influence curve, 1974), which ignore the spikes themselves, as a mean and a standard deviation would not.
+Losses of a few rows and gradient norms are skewed, and often most are alike and a few are many times as large: where
+no number is negative the deviation of their logarithms may be the wider one, and then counts. The spikes that do harm
+are several times the usual loss, for many steps (Chowdhery et al., PaLM, 2022, section 5.1).
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from align_kit.telemetry.roll_call import named
 
 WINDOW = 64  # steps that a spike is measured against
 LEAST = 16  # steps before any is: the first ones fall fast
-FLOOR = 0.01  # of the median: a MAD is taken to be no less, so that numbers that hardly change have no spikes
+FLOOR = 0.01  # of the median: a deviation is taken to be no less, so that numbers that hardly change have no spikes
+TAIL, TAIL_DEVIATIONS = 3, 3.0  # the third largest: normal ones of a whole window lie less than 3 MADs above the median
 PATIENCE = 3  # steps in a row without an update, the last of which ends the run
+LARGEST = 300.0  # exponent: beyond it nothing is a spike
 SCALING_PATIENCE = 16  # in fp16, whose loss scale starts at 2^16 and halves at each such step
 
 GO, WARN, SKIP, STOP = "go", "warn", "skip", "stop"
@@ -33,21 +39,45 @@ class Decision(NamedTuple):
 
 
 class Rolling:
-    """The latest `WINDOW` values of a quantity, and how far above them a new one lies."""
+    """The latest `WINDOW` values of a quantity, and how far above them a new one lies.
 
-    def __init__(self, values: Sequence[float] = ()) -> None:
+    `values` are those that were trained on, `seen` those too that were not: they say nothing of what is usual, but
+    something of how far values lie apart. Else a tail that is skipped once would be skipped for ever.
+    """
+
+    def __init__(self, values: Iterable[float] = (), seen: Iterable[float] | None = None) -> None:
         self.values: deque[float] = deque(values, maxlen=WINDOW)
+        self.seen: deque[float] = deque(self.values if seen is None else seen, maxlen=WINDOW)
 
-    def add(self, value: float) -> None:
-        self.values.append(value)
+    def add(self, value: float, *, trained: bool = True) -> None:
+        self.seen.append(value)
+        if trained:
+            self.values.append(value)
 
     def limit(self, deviations: float) -> float:
-        """Return the value above which a new one is a spike: `deviations` MADs above the median; at first infinity."""
+        """Return the value above which a new one is a spike: `deviations` above the median; at first infinity."""
         if len(self.values) < LEAST:
             return math.inf
         median = statistics.median(self.values)
-        mad = statistics.median(abs(value - median) for value in self.values)
-        return median + deviations * max(mad, FLOOR * abs(median))
+        limit = median + deviations * max(_deviation(self.seen, median), FLOOR * abs(median))
+        if median <= 0 or min(self.seen) < 0:
+            return limit
+        logs = [math.log(value) for value in self.seen if value > 0]
+        return max(limit, median * math.exp(min(deviations * _mad(logs, math.log(median)), LARGEST)))
+
+
+def _mad(values: Iterable[float], median: float) -> float:
+    """Return the median absolute deviation from `median`."""
+    return statistics.median(abs(value - median) for value in values)
+
+
+def _deviation(values: Iterable[float], median: float) -> float:
+    """Return the median absolute deviation, or what the tail tells where it is longer than a normal one.
+
+    The tail is the third largest value: two spikes in a row do not make the third usual.
+    """
+    tail = heapq.nlargest(TAIL, values)[-1]
+    return max(_mad(values, median), (tail - median) / TAIL_DEVIATIONS)
 
 
 class Judge:
@@ -92,7 +122,7 @@ class Judge:
         return None
 
     def _spiked(self, step: int, values: Mapping[str, float]) -> Decision:
-        """Return what to do where a number is far above what it was; remember those that are trained on."""
+        """Return what to do where a number is far above what it was; remember all, and which are trained on."""
         spikes = []
         for name, value in values.items():
             limit = self.rolling[name].limit(self.deviations)
@@ -100,9 +130,8 @@ class Judge:
                 usual = statistics.median(self.rolling[name].values)
                 spikes.append(f"the {name} is {value:.4g} (usually {usual:.4g}, a spike from {limit:.4g})")
         decision = self._by_policy(step, " and ".join(spikes), otherwise=WARN) if spikes else Decision(GO)
-        if decision.what in (GO, WARN):
-            for name, value in values.items():
-                self.rolling[name].add(value)
+        for name, value in values.items():
+            self.rolling[name].add(value, trained=decision.what in (GO, WARN))
         return decision
 
     def _by_policy(self, step: int, why: str, otherwise: str) -> Decision:
@@ -123,10 +152,11 @@ class Judge:
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain JSON; floats come back with the same bits."""
         kept: dict[str, Any] = {name: list(rolling.values) for name, rolling in self.rolling.items()}
-        return {**kept, "in_a_row": self.in_a_row, "skipped": self.skipped}
+        seen = {name: list(rolling.seen) for name, rolling in self.rolling.items()}
+        return {**kept, "seen": seen, "in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         for name in self.rolling:
-            self.rolling[name] = Rolling(state[name])
+            self.rolling[name] = Rolling(state[name], state.get("seen", state)[name])
         self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])

@@ -13,7 +13,8 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 
-from align_kit.checkpoint import universal
+from align_kit import log
+from align_kit.checkpoint import manifest, universal
 from align_kit.checkpoint.assemble import Shards
 from align_kit.checkpoint.saver import Saver
 from align_kit.checkpoint.snapshot import SnapshotEngine, safetensors_handed_over
@@ -51,6 +52,7 @@ class CheckpointedTrainer(Trainer):
         self.saver = Saver(Path(args.output_dir), args.process_index, args.world_size)
         self.saver.patience = float(args.ddp_timeout)
         self.facts: Callable[[], Mapping[str, Any]] = dict  # what the manifest of a checkpoint says of the run
+        self.record: Callable[[], Mapping[str, Any]] = dict  # the manifest of the run: what a resume is compared with
         self.trust_checkpoint = False
 
     # --- what is stored ---
@@ -115,6 +117,7 @@ class CheckpointedTrainer(Trainer):
             if self.args.should_save:
                 state = {**self.extra_state(), "guard": self.guard.state_dict()}
                 (folder / EXTRA_STATE).write_text(json.dumps(state))
+                (folder / manifest.RUN).write_text(json.dumps(self.record()))
                 self._save_trainer_state(folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -164,14 +167,12 @@ class CheckpointedTrainer(Trainer):
 
     def _save_trainer_state(self, folder: Path) -> None:
         """Write transformers' `trainer_state.json`, with the state of callbacks that have one."""
-        kept: Any = self.state.stateful_callbacks
+        states: dict[str, list[Any]] = {}
         for holder in [*self.callback_handler.callbacks, self.control]:
             if isinstance(holder, ExportableState):
-                name, state = type(holder).__name__, holder.state()
-                if isinstance(kept[name], list):
-                    kept[name].append(state)
-                else:
-                    kept[name] = state
+                states.setdefault(type(holder).__name__, []).append(holder.state())
+        kept: Any = self.state.stateful_callbacks
+        kept.update({name: found[0] if len(found) == 1 else found for name, found in states.items()})
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
     # --- and back ---
@@ -192,6 +193,7 @@ class CheckpointedTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """Read our own state where transformers reads its callbacks': once, when a run goes on."""
         super()._load_callback_state()
+        self._restore_callbacks()
         place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / EXTRA_STATE
         try:
             state = json.loads(place.read_text())
@@ -200,6 +202,13 @@ class CheckpointedTrainer(Trainer):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{place} cannot be read ({error}); go on from an older checkpoint with --resume") from None
 
+    def _restore_callbacks(self) -> None:
+        """Let callbacks with a state go on from it: early stopping counts evaluations without a better one."""
+        kept: Any = self.state.stateful_callbacks
+        for holder in self.callback_handler.callbacks:
+            if isinstance(holder, ExportableState) and isinstance(state := kept.get(type(holder).__name__), dict):
+                vars(holder).update(state.get("attributes", {}))
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what is being saved when it ends, well or badly, is saved before this returns."""
         try:
@@ -207,10 +216,21 @@ class CheckpointedTrainer(Trainer):
             self.saver.join()
             return done
         finally:
+            self.heart.beat("save")
             self.saver.leave()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Tell whether a save is due after an evaluation; one that was asked for is not forgotten over it."""
+        return bool(super()._determine_best_metric(metrics, trial)) or bool(self.control.should_save)
+
     def _load_best_model(self) -> None:
-        """Load the best model once its checkpoint stands, on all ranks."""
+        """Load the best model once its checkpoint stands, on all ranks; where it does not, keep the last weights."""
+        self.heart.beat("save")
         self.saver.join()
         self.accelerator.wait_for_everyone()
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if manifest.read(best) is None:
+            log.warn(f"{best.name}, of the best evaluation, was never committed: the final model is of the last step")
+            return
+        self.state.best_model_checkpoint = str(best)
         super()._load_best_model()

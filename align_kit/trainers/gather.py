@@ -43,8 +43,8 @@ def _whole(trainer: Any) -> dict[str, Tensor]:
 
 def shards_of(trainer: Any) -> Shards | None:
     """Return this rank's part of what is to be stored, where whole weights can be joined from all parts later."""
-    engine = trainer.model_wrapped
-    if trainer.is_lora or not engine.zero_optimization_partition_weights() or not can_assemble(trainer.model, engine):
+    engine, model = trainer.model_wrapped, trainer.stored_model
+    if trainer.is_lora or not engine.zero_optimization_partition_weights() or not can_assemble(model, engine):
         return None
     stored = trainer.stored_names(dict(trainer.model.named_parameters(remove_duplicate=False)))
     buffers = trainer.stored_names(dict(trainer.model.named_buffers()))

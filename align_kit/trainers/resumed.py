@@ -43,6 +43,13 @@ class ResumedTrainer(CheckpointedTrainer):
             self.args.eval_on_start = False  # the run is past its start, and has logged that evaluation
         return began
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless all steps are done: transformers looks for the end only after another step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # --- optimizer and schedule ---
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -16,11 +16,26 @@ pytestmark = pytest.mark.slow
 KILL = {"signal": 9}
 
 
-@pytest.mark.parametrize(
-    ("phase", "changes"), [("dpo", LORA), ("sft", {}), ("ppo", {})], ids=["dpo-lora", "sft", "ppo"]
-)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_in_mid_backward(lab: Lab, phase: str, changes: dict[str, Any], rank: int, tmp_path: Path) -> None:
+# Every phase, full and LoRA with dropout, fp32 and bf16; all with accumulation, and killed in the middle of an epoch.
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2}
+ADAPTIVE = {"kl_target": 0.1, "normalise_rewards": True}
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "pretrain-bf16": ("pretrain", {"bf16": True}, 0),
+    "sft": ("sft", {}, 1),
+    "sft-lora-bf16": ("sft", {**LORA, "bf16": True}, 0),
+    "reward-lora": ("reward", LORA, 1),
+    "dpo-lora": ("dpo", LORA, 0),
+    "dpo-moving": ("dpo", MOVING, 1),
+    "orpo-bf16": ("orpo", {"bf16": True}, 0),
+    "kto-lora": ("kto", LORA, 1),
+    "ppo": ("ppo", ADAPTIVE, 0),
+    "ppo-lora": ("ppo", LORA, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_mid_backward(lab: Lab, case: str, tmp_path: Path) -> None:
+    phase, changes, rank = CASES[case]
     victim = Victim(lab, phase, tmp_path, changes)
     step = 5
     ended = victim.go(
