@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 EXIT_CODE = 2
 FAULT_CODE = 3  # nobody's mistake; the run may be started again from its last checkpoint
@@ -32,6 +32,15 @@ class Fault(UserError):
     def __init__(self, message: str, skip_steps: Iterable[int] = ()) -> None:
         super().__init__(message)
         self.skip_steps = tuple(skip_steps)
+
+
+def first_line(error: BaseException, clean: Callable[[str], str] = str, *, length: int = 200) -> str:
+    """Return the first line of what an error says, its type's name where it says nothing; at most `length` characters.
+
+    `clean` takes out what must not be said, before anything is cut.
+    """
+    lines = clean(str(error)).strip().splitlines()
+    return lines[0][:length] if lines else type(error).__name__
 
 
 def unknown(what: str, word: str, known: Iterable[str], *, show: int = 12) -> UserError:

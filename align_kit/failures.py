@@ -62,14 +62,21 @@ def in_one_line() -> Iterator[Outcome]:
 
 def _kind(error: Exception) -> tuple[str, str]:
     """Return what an exception that is no `UserError` is to this rank (see `supervised.Failure`), and a line for it."""
-    said = str(error)
+    said, line = str(error), f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if not (isinstance(error, RuntimeError) and _among_ranks()):  # a hub's or a store's connection breaks alike
+        return "error", line
     for words in TOO_LATE:
         if found := words.search(said):
             limit = f"{int(found[1]) / 1000:g} s" if found[1] else "as long as it may take"
             return "late", f"it waited {limit} for another rank, which did not come (the limit is ddp_timeout)"
     if any(echo in said for echo in PEER_ENDED):
-        return "peer", "another rank ended first"
-    return "error", f"{type(error).__name__}: {' '.join(said.split())[:500]}"
+        return "peer", f"another rank ended first ({' '.join(said.split())[:200]})"
+    return "error", line
+
+
+def _among_ranks() -> bool:
+    """Tell whether other ranks run beside this one, or are about to join it."""
+    return _store() is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _speaks_first() -> bool:

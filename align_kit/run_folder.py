@@ -75,7 +75,7 @@ class RunFolder:
         except Exception as error:
             if self.begun and int(os.environ.get("RANK", "0")) == 0:
                 with contextlib.suppress(OSError):  # a full disk must not hide why the run failed
-                    self.write(status=FAILED, failure=str(error)[:500])
+                    self.write(status=FAILED, failure=scrubbed(str(error))[:500])
             raise
 
     def refuse_inside(self, option: str, used: str | Path | None) -> None:
@@ -86,7 +86,8 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what the new run replaces; called when everything it needs has been found, on rank 0."""
         if self.replaces:
-            for entry in self.path.iterdir():
+            # The manifest last: what a kill leaves is still a run, which may be replaced.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
                 if entry.name in self.spares:
                     continue
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -37,8 +37,8 @@ _IN_QUERY = re.compile(
 _HEADER = re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?)(?:(?:basic|bearer|digest|token)\s+)?[^\s\"',]+", re.I)
 _BEARER = re.compile(r"(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE)
 _VALUE = r"(?P<value>\"[^\"]*\"|'[^']*'|(?:(?![;&][\w.-]+=)[^\s\"'])+)"
-_ASSIGNED = re.compile(rf"(?P<name>[A-Za-z][\w.-]*)(?P<mark>[\"']?(?: ?=(?!=) ?| ?: ?))(?P<rest>{_VALUE})")
-_WORDS = re.compile(rf"--(?P<name>[A-Za-z][\w.-]*)(?P<mark>[ \t]+)(?P<rest>(?!-){_VALUE})")
+_ASSIGNED = re.compile(rf"(?P<name>[A-Za-z][\w.-]*)(?P<mark>[\"']?(?: ?=(?!=) ?| ?: ?)){_VALUE}")
+_WORDS = re.compile(rf"--(?P<name>[A-Za-z][\w.-]*)(?P<mark>[ \t]+)(?!-){_VALUE}")
 _BY_SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}"
     r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
@@ -141,4 +141,5 @@ def _unassigned(found: re.Match[str]) -> str:
     is_sentence = mark.strip() == ":" and not (set("-_") & set(name) or name.isupper())
     if is_sentence or not _is_secret(name, in_env=False) or _NO_SECRET.fullmatch(value.strip("\"'")):
         return found[0]
-    return f"{found[0].removesuffix(found['rest'])}{HIDDEN}"
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{found[0].removesuffix(value)}{quote}{HIDDEN}{quote}"

@@ -22,7 +22,7 @@ from typing import NamedTuple, TextIO
 FOLDER = "ALIGN_KIT_SUPERVISED"  # this attempt's folder
 LAUNCHER = "ALIGN_KIT_LAUNCHER"  # the launcher's process id
 ATTEMPT = "ALIGN_KIT_ATTEMPT"  # 0, then 1 for the first restart
-RESUME = "ALIGN_KIT_RESUME"  # "auto" on a restart: the newest verified checkpoint, or from the beginning
+RESUME = "ALIGN_KIT_RESUME"  # "auto" on a restart of a run that has begun: the newest verified checkpoint, or anew
 SKIP_STEPS = "ALIGN_KIT_SKIP_STEPS"  # "17,18": steps not to train on
 
 STOPPED_CODE = 75  # the run has saved and stopped because it was asked to (EX_TEMPFAIL of sysexits.h)
@@ -112,14 +112,14 @@ def read_failure(folder: Path, rank: int) -> Failure | None:
 
 
 def tell_output(output_dir: str) -> None:
-    """Tell the launcher where this run keeps its checkpoints."""
+    """Tell the launcher where this run keeps its checkpoints, once what lies there is of this run."""
     if folder := folder_of(os.environ):
         with contextlib.suppress(OSError):
             _write(folder / _RUN, {"output_dir": os.path.abspath(output_dir)})
 
 
 def read_output(folder: Path) -> Path | None:
-    """Return where the run keeps its checkpoints, `None` where it has not said so."""
+    """Return where the run keeps its checkpoints, `None` where it has not said so: what lies there may be another's."""
     try:
         return Path(json.loads((folder / _RUN).read_text())["output_dir"])
     except (OSError, ValueError, KeyError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,13 +34,17 @@ class Deeds:
 
     def train(self, until: int, seconds: float = 0.02) -> None:
         """Take steps until step `until` is at hand, or a signal asks to stop."""
-        if RANK == 0:
-            supervised.tell_output(str(OUT))
+        self.claim()
         for step in range(1, until + 1):
             self.beat("train", step)
             time.sleep(seconds)
             if self.stop:
                 sys.exit(supervised.STOPPED_CODE)
+
+    def claim(self) -> None:
+        """Say that what lies in the folder is of this run."""
+        if RANK == 0:
+            supervised.tell_output(str(OUT))
 
     def heed(self) -> None:
         """From now on save and stop where SIGTERM asks for it."""
@@ -78,6 +83,11 @@ class Deeds:
     def stuck(self) -> None:
         """Make no progress for longer than anybody waits."""
         time.sleep(60)
+
+    def leave_behind(self) -> None:
+        """Start a process that would outlive this one."""
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        (OUT / f"child.{RANK}").write_text(str(child.pid))
 
     def wait(self) -> None:
         """Do as a rank does that waits for others in a collective."""

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -168,10 +170,9 @@ def test_what_is_never_given_up(
     with ExitStack() as readers:
         for step in present & read:
             readers.enter_context(reading(run / f"checkpoint-{step}"))
-        gone = keep.retain(run, rule, best=run / f"checkpoint-{best}" if best else None, committed=committed)
+        keep.retain(run, rule, best=run / f"checkpoint-{best}" if best else None, committed=committed)
     left = set(steps(checkpoints(run)))
     whole = present - broken
-    assert left == present - set(steps(gone)) and gone == sorted(gone, key=keep.step_of)
     assert not whole or max(whole) in left, "the newest that verifies"
     assert (read | {best, max(present)}) & present <= left
     total = sum(manifest.total_bytes(place) for place in checkpoints(run))
@@ -195,6 +196,54 @@ def test_a_checkpoint_that_is_read_stays(run: Path) -> None:
         assert 10 not in steps(keep.surplus(run, Rule(last=1), best=None, committed=run / "checkpoint-60"))
         assert not keep.remove(place) and not manifest.problems(place)
     assert not is_read(place) and keep.remove(place) and not place.exists()
+
+
+@pytest.fixture
+def other_user(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run seen by a user who may not write its files, from inside its folder: those around it are private."""
+    monkeypatch.chdir(run)
+    me = os.geteuid()
+    run.chmod(0o755)
+    for place in checkpoints(run):
+        (place / manifest.NAME).chmod(0o444)
+    try:
+        if me == 0:
+            os.seteuid(65534)
+        yield Path()
+    finally:
+        os.seteuid(me)
+
+
+def test_a_reader_is_seen_by_who_may_not_write(other_user: Path) -> None:
+    place = other_user / "checkpoint-10"
+    with pytest.raises(PermissionError):
+        (place / manifest.NAME).open("r+b")
+    with reading(place):
+        assert is_read(place)
+    assert not is_read(place)
+
+
+def test_what_cannot_be_opened_may_be_read_by_others(run: Path) -> None:
+    """Only a manifest that is gone says that nobody reads."""
+    (run / "checkpoint-10" / "below").symlink_to("weights")
+    assert is_read(run / "checkpoint-10" / "below") and not is_read(run / "checkpoint-999")
+
+
+def test_what_is_read_since_the_rule_was_asked_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    surplus = keep.surplus
+    with ExitStack() as readers:
+
+        def then_read(*given: Any, **named: Any) -> list[Path]:
+            found = surplus(*given, **named)
+            readers.enter_context(reading(run / "checkpoint-20"))
+            return found
+
+        monkeypatch.setattr(keep, "surplus", then_read)
+        keep.retain(run, Rule(last=1), best=None, committed=run / "checkpoint-60")
+    assert steps(checkpoints(run)) == [20, 60]
+    assert capsys.readouterr().err == "warning: checkpoint-20 stays until another is committed: it is being read\n"
 
 
 def test_another_process_reads_until_it_dies(run: Path) -> None:
@@ -286,7 +335,7 @@ def test_killed_while_deleting_leaves_nothing_like_a_checkpoint(run: Path) -> No
         words = [sys.executable, "-c", code, str(run / f"checkpoint-{step}"), str(count)]
         done = subprocess.run(words, cwd=ROOT, check=False)
         assert done.returncode == -signal.SIGKILL
-        assert not (run / f"checkpoint-{step}").exists() and list(run.glob(f"{keep.LEAVING}*"))
+        assert not (run / f"checkpoint-{step}").exists() and list(run.glob(f"{keep.BEING_DELETED}*"))
         assert all(not manifest.problems(place) for place in checkpoints(run))
     assert keep.remove(run / "checkpoint-50")
     assert sorted(place.name for place in run.iterdir()) == ["checkpoint-60"]

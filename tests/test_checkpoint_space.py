@@ -79,6 +79,20 @@ def test_the_last_checkpoint_tells_what_the_next_takes(tmp_path: Path) -> None:
     assert 5000 < space.coming(tmp_path, 123) < 5600
 
 
+@pytest.mark.parametrize("states, twice", [
+    ("zero_pp_rank_0_mp_rank_00_model_states.pt", True), ("bf16_zero_pp_rank_0_mp_rank_00_model_states.pt", True),
+    ("mp_rank_00_model_states.pt", False),
+])  # fmt: skip
+def test_whole_weights_that_are_joined_from_shards_are_written_twice(tmp_path: Path, states: str, twice: bool) -> None:
+    place = tmp_path / "checkpoint-5"
+    (place / "global_step5").mkdir(parents=True)
+    (place / "global_step5" / states).write_bytes(bytes(3000))
+    (place / "model-00001-of-00002.safetensors").write_bytes(bytes(2000))
+    (place / "model-00002-of-00002.safetensors").write_bytes(bytes(1000))
+    manifest.seal(place, {"step": 5})
+    assert space.coming(tmp_path, 123) == manifest.total_bytes(place) + (3000 if twice else 0)
+
+
 # --- what a full disk looks like ------------------------------------------------------------------------------
 
 

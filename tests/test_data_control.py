@@ -262,6 +262,19 @@ def test_rows_that_spell_control_tokens_are_counted(tmp_path):
     assert line.endswith("if they were rendered before they came here, give --control_tokens tokens")
 
 
+@pytest.mark.parametrize("text, hinted", [
+    ("a<|endoftext|>b", True), ("a<|im_end|>b", True), ("a<|im_start|>b", False), ("ab<|im_end|>", False),
+])  # fmt: skip
+def test_a_token_between_documents_is_hinted_at_in_any_row(text, hinted, tmp_path):
+    """One row in a hundred; an end of a turn that somebody writes in a conversation is none."""
+    tokenizer = tokenizer_of("qwen2_5")
+    rows = [{"text": text}, *({"text": f"row {place}"} for place in range(99))]
+    _, report = tokenise(to_dataset("text", rows), "text", tokenizer, TokeniseOptions(), tmp_path)
+    hint = "1 of 100 rows hold an end-of-text token as text inside; if it stands between documents there, give "
+    found = Split(None, {"sources": [], "tokenised": report.as_dict()}).warnings
+    assert found == ([hint + "--control_tokens tokens"] if hinted else [])
+
+
 def test_unknown_ways_to_read_them_are_refused():
     with pytest.raises(UserError, match="unknown control_tokens 'txt'; known: text, tokens"):
         TokeniseOptions(control_tokens="txt")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from align_kit import failures
 from tests.harness import Ranks, Result
 from tests.little import ROWS, TWO_STEPS, little_run, write_rows
 
@@ -73,7 +74,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
         r"output_dir photos is not empty and holds no run of align_kit; remove it yourself",
     ),
     "resume nothing": (("--resume",), r"--resume: out holds no checkpoint to go on from; start without --resume"),
-    "resume a wrong path": (("--resume", "photos"), r"--resume photos: no checkpoint there"),
+    "resume a wrong path": (("--resume", "photos"), r"--resume photos: no checkpoint's name; give a checkpoint-N folder"),
     "resume and overwrite": (("--resume", "--overwrite"), r"resume .* and overwrite .* were both given; drop one"),
     "unknown tokenizer": (("--tokenizer_name", "./no"), r"tokenizer_name './no': no such folder"),
     "no such configuration": (("--config_name", "builtin:tony"), r"'builtin:tony': no such built-in model"),
@@ -270,4 +271,20 @@ def test_a_bug_shows_its_traceback(broken: Broken) -> None:
 def test_a_rank_that_dies_ends_the_others_at_once(broken: Broken) -> None:
     done = broken("run_where_rank_1_dies")
     assert done.codes == [1, -9], "rank 0 ends by itself"
-    assert done.text == "rank 0 stopped: another rank ended first\n"
+    assert re.fullmatch(
+        r"rank 0 stopped: another rank ended first \(.*Connection (closed|reset) by peer.*\)\n", done.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "kind"),
+    [
+        (RuntimeError("[pair.cc:1] Connection closed by peer [10.0.0.2]"), "2", "peer"),
+        (RuntimeError("[pair.cc:1] Connection closed by peer [10.0.0.2]"), "1", "error"),
+        (ConnectionResetError(104, "Connection reset by peer"), "2", "error"),  # of a hub or a store
+    ],
+)
+def test_only_ranks_echo_each_other(error: Exception, ranks: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    found, line = failures._kind(error)
+    assert found == kind and "by peer" in line, "what was said is kept"

@@ -118,7 +118,11 @@ def test_spike_that_goes_back(lab: Lab, tmp_path: Path) -> None:
     """The fault tells whoever starts the run again what to leave out."""
     kept = {**LONG, "save_strategy": "steps", "save_steps": LATE - 2}
     run = harmed(lab, tmp_path / "run", "high_loss", spike_policy="rollback", **kept)
-    assert f"step {LATE}: the loss is " in fault(run)
+    line = fault(run)
+    assert f"step {LATE}: the loss is " in line
+    assert line.endswith(f"go on with --resume --skip_steps {LATE - 1},{LATE}"), (
+        "else it would come back to it for ever"
+    )
     env = {"ALIGN_KIT_RESUME": "auto", "ALIGN_KIT_SKIP_STEPS": f"{LATE - 1},{LATE}"}
     again = lab.start(
         "sft", tmp_path / "run", harm="tests.guard_work:high_loss", env=env,

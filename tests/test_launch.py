@@ -106,7 +106,7 @@ def test_options_come_before_the_recipe() -> None:
         (["--nnodes", "many", "dpo"], r"--nnodes many: give a number"),
         (["--nnodes", "2", "--node_rank", "2", "dpo"], r"--node_rank 2: .*0 or 1"),
         (["--nnodes", "2", "--node_rank", "0", "dpo"], r"--nnodes 2 needs --master_addr"),
-        (["--max_restarts", "-1", "dpo"], r"--max_restarts -1: give a number \(how often"),
+        (["--max_restarts", "-1", "dpo"], r"--max_restarts -1: give a number \(restarts in a row"),
         (["--hang_seconds", "soon", "dpo"], r"--hang_seconds soon: give seconds, 0 or more"),
         (["--grace_seconds=nan", "dpo"], r"--grace_seconds nan: give seconds"),
         (["--skip_poisoned=maybe", "dpo"], r"--skip_poisoned maybe: give true or false"),

@@ -257,21 +257,48 @@ HIDE = [
     (["try " + HF, ("ghp_" + "a1" * 15,)], [f"try {HIDDEN}", (HIDDEN,)]),
     ("cannot load https://u:t@h/d: 401", f"cannot load https://{HIDDEN}@h/d: 401"),
     ("my run with 0123456789abcdef0123", f"my run with {HIDDEN}"),
+    ({"env": {"AZURE_STORAGE_CONNECTION_STRING": "Protocol=https;AccountKey=a1+/b==;Suffix=x", "DB_DSN": "d"}},
+     {"env": {"AZURE_STORAGE_CONNECTION_STRING": HIDDEN, "DB_DSN": HIDDEN}}),
+    ({"env": {"GH_PAT": "p", "OPENAI_AUTH": "a", "db_pass": "w"}},
+     {"env": {"GH_PAT": HIDDEN, "OPENAI_AUTH": HIDDEN, "db_pass": HIDDEN}}),
+    ({"account_key": "k", "x-api-key": "k", "accountKey": "k", "Authorization": "Bearer k", "MY_KEY": "k"},
+     dict.fromkeys(("account_key", "x-api-key", "accountKey", "Authorization", "MY_KEY"), HIDDEN)),
+    ({"openai_api_keys": ["k", "l"], "credentials": {"user": "u", "port": 1}},
+     {"openai_api_keys": [HIDDEN, HIDDEN], "credentials": {"user": HIDDEN, "port": 1}}),
+    (["run", "--api_key", "k", "--steps", "3"], ["run", "--api_key", HIDDEN, "--steps", "3"]),
+    (("--x-api-key", "k k"), ("--x-api-key", HIDDEN)),
+    ("AWS_SECRET_ACCESS_KEY=a/b+c run", f"AWS_SECRET_ACCESS_KEY={HIDDEN} run"),
+    ("run --password hunter22 --steps 3", f"run --password {HIDDEN} --steps 3"),
+    ("run --api-key=k 'password = a' token='b c'", f"run --api-key={HIDDEN} 'password = {HIDDEN}' token='{HIDDEN}'"),
+    ("AccountName=n;AccountKey=a1+/b==;Suffix=x", f"AccountName=n;AccountKey={HIDDEN};Suffix=x"),
+    ('refused: {"api_key": "k", "n": 1}', f'refused: {{"api_key": "{HIDDEN}", "n": 1}}'),
+    ("-H 'Authorization: Bearer a.b' -H 'x-api-key: k'", f"-H 'Authorization: {HIDDEN}' -H 'x-api-key: {HIDDEN}'"),
+    ("sent Bearer abc1234567.x", f"sent Bearer {HIDDEN}"),
+    ("https://user:pa/ss@host/x, me", f"https://{HIDDEN}@host/x, me"),
+    ("with /no/such/base64 in it", f"with {HIDDEN} in it"),
+    ("with 482913, not 14829130", f"with {HIDDEN}, not 14829130"),
 ]  # fmt: skip
 KEEP: list[Any] = [
     {"eos_token": "<|im_end|>", "pad_token": "<pad>", "tokenizer_name": "gpt2-large", "max_length": 7, "tokens": "7"},
     "me@example.org", "/home/a/b@c", "s3://bucket/a@b", "a" * 40, "hf_short", None, 3.5, True, "/run/secrets/key",
+    "it ends in <|im_end|> here", {"image_token": "<image>"}, {"stop_tokens": ["a"], "image_token": {"content": "<i>"}},
+    {"env": {"EOS_TOKEN": "end", "SSH_AUTH_SOCK": "/run/agent", "TOKENIZERS_PARALLELISM": "false"}},
+    "https://host:8080/a@b", "unknown token: foo", "eos_token='end' hub_token=None", "--control_tokens tokens",
+    f"read from {__file__}", ["--eos_token", "end", "--hub_token", "--x"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("given, shown", HIDE)
 def test_secrets_are_hidden(given: Any, shown: Any) -> None:
-    assert scrubbed(given, {"WANDB_API_KEY": "0123456789abcdef0123"}) == shown
+    environ = {"WANDB_API_KEY": "0123456789abcdef0123", "S3_SECRET": "/no/such/base64", "DB_PASSWORD": "482913"}
+    assert scrubbed(given, environ) == shown
+    assert scrubbed(shown, environ) == shown, "a second time"
 
 
 @pytest.mark.parametrize("value", KEEP)
 def test_what_is_no_secret_stays(value: Any) -> None:
-    environ = {"TOKENIZER_NAME": "gpt2-large", "KEY_FILE": "/run/secrets/key", "A_KEY": "short", "A_TOKEN": "12345678"}
+    environ = {"TOKENIZER_NAME": "gpt2-large", "KEY_FILE": "/run/secrets/key", "A_KEY": "short", "A_TOKEN": "12345678",
+               "EOS_TOKEN": "<|im_end|>", "SIGNING_KEY": __file__}  # fmt: skip
     assert scrubbed(value, environ) == value
 
 

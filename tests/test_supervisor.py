@@ -117,14 +117,41 @@ def test_progress_in_between_is_no_same_failure(launched: Callable[..., Launched
     dies = [["train", 7], ["die", 9]]
     plan = [[[["commit", step], *dies]] for step in (2, 4, 6)]
     done = launched([*plan, [FINE]], max_restarts=3)
-    assert done.code == 0 and done.attempts == 4 and "checkpoint-6 (restart 3 of 3)" in done.text
+    assert done.code == 0 and done.attempts == 4 and "checkpoint-6 (restart 1 of 3)" in done.text
+
+
+def test_only_restarts_without_progress_are_counted(launched: Callable[..., Launched]) -> None:
+    saves = [[[["commit", step], ["train", step + 1], ["die", 9]]] for step in (2, 4, 6)]
+    dies = [[[["train", step], ["die", 9]]] for step in (8, 9)]
+    done = launched([*saves, *dies, [FINE]], max_restarts=2)
+    assert done.code == 1 and done.attempts == 5 and done.text.count("checkpoint-6 (restart 1 of 2)") == 1
+    assert done.text.endswith("stopped after 4 restarts: --max_restarts 2 without a newer checkpoint\n")
+
+
+def test_a_run_that_had_not_begun_is_started_as_it_was(launched: Callable[..., Launched]) -> None:
+    """Before it has said that the folder is its own, another run may lie there, which it must not go on with."""
+    early, claims, late = [["die", 9]], [["claim"], ["die", 11]], [["die", 9]]
+    done = launched([[early], [claims], [late], [FINE]])
+    assert done.code == 0 and [done.of(attempt, RESUME) for attempt in range(4)] == [{None}, {None}, {"auto"}, {"auto"}]
+
+
+def test_what_a_killed_rank_had_started_ends_with_it(launched: Callable[..., Launched], tmp_path: Path) -> None:
+    done = launched([[[["train", 3], ["leave_behind"], ["die", 9]]]], max_restarts=0)
+    child = int((tmp_path / "child.0").read_text())
+    ending = time.monotonic() + 5
+    while alive(child) and time.monotonic() < ending:
+        time.sleep(0.02)
+    left = alive(child)
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert done.code == 1 and not left
 
 
 def test_restarts_are_counted(launched: Callable[..., Launched]) -> None:
     done = launched([[[["train", step], ["die", 9]]] for step in (2, 3, 4)], max_restarts=1)
     assert done.code == 1 and done.attempts == 2
     assert done.text.endswith("rank 0 ended with signal 9 at step 3, and the others with it\n"
-                              "stopped after 1 restart: --max_restarts 1\n")  # fmt: skip
+                              "stopped after 1 restart: --max_restarts 1 without a newer checkpoint\n")  # fmt: skip
 
 
 def test_what_a_rank_wrote_before_it_broke_is_shown(launched: Callable[..., Launched]) -> None:
@@ -213,6 +240,18 @@ def test_start_and_evaluation_have_time(launched: Callable[..., Launched]) -> No
     assert (done.code, done.text) == (0, "")
 
 
+def test_a_rank_that_fails_may_write_what_it_has_begun(launched: Callable[..., Launched]) -> None:
+    """The others, which wait for it in their step, wait as long as a save may take."""
+    fails = [
+        ["train", 4],
+        ["beat", "save", 4],
+        ["pause", 1.5],
+        ["report", "error", "ValueError: bad", [], "ValueError"],
+    ]
+    done = launched([[[["train", 4], ["wait"]], fails]], hang_seconds=0.5, max_restarts=0)
+    assert done.code == 1 and "ValueError" in done.text and "hang" not in done.text, done.text
+
+
 # --- signals to the launcher ------------------------------------------------------------------------------
 
 
@@ -275,6 +314,17 @@ def test_ranks_that_do_not_stop_in_time_are_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_error_after_a_signal_is_said(tmp_path: Path) -> None:
+    fails = [["ignore"], ["train", 3], ["pause", 2], ["report", "error", "OSError: no", [], "Traceback\nOSError: no"]]
+    launcher = in_a_process(tmp_path, [[fails]])
+    pids_of(tmp_path, 1)
+    launcher.send_signal(signal.SIGTERM)
+    _, text = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert text == "rank 0, at step 3:\nTraceback\nOSError: no\nstopped: SIGTERM before it had saved\n"
+
+
+@pytest.mark.slow
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     launcher = in_a_process(tmp_path, [[LONG, LONG]])
     pids = pids_of(tmp_path, 2)
@@ -321,7 +371,14 @@ def ended(kind: str = "died", line: str = "ended with signal 9", step: int | Non
     )
 
 
-USED_UP, OFF = "--max_restarts 1", Options(ranks=2, max_restarts=0)
+def spiked() -> Ended:
+    """Return an end by a fault that names steps to leave out."""
+    failed = ended("fault")
+    assert failed.failure is not None
+    return replace(failed, failure=replace(failed.failure, skip_steps=(4, 5)))
+
+
+USED_UP, OFF = "--max_restarts 1 without a newer checkpoint", Options(ranks=2, max_restarts=0)
 FROM_4 = " before it had saved; --resume goes on from checkpoint-4"
 ONCE = Options(ranks=2, max_restarts=1)
 VERDICTS = [
@@ -343,6 +400,15 @@ VERDICTS = [
     ("asked to save, died later", [ended()], ONCE, [signal.SIGUSR1], Verdict(None)),
     ("a mistake, however late", [ended("user")], ONCE, [], Verdict(2)),
     ("an error in training", [ended("error")], ONCE, [], Verdict(None)),
+    (
+        "a fault's steps, restarts used up",
+        [ended(), spiked()],
+        ONCE,
+        [],
+        Verdict(3, f"{USED_UP}; go on with --resume --skip_steps 4,5"),
+    ),
+    ("an error before training", [ended("error", activity=None)], Options(2, max_restarts=0), [], Verdict(1)),
+    ("an error on the way back", [ended(), ended("error", activity=None)], Options(2), [], Verdict(None)),
     ("died before training", [ended(activity=None, step=None)], ONCE, [], Verdict(None)),
 ]
 

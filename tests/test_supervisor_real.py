@@ -75,6 +75,24 @@ def test_a_run_survives_a_killed_and_a_stopped_rank(ranks: Ranks, tmp_path: Path
     assert numbers(out) == numbers(undisturbed.folder)
 
 
+def test_a_run_says_that_the_folder_is_its_own_once_it_is(ranks: Ranks, tmp_path: Path) -> None:
+    """Not before: a launcher that starts it again would take the run that stands there for this one."""
+    words = [str(word) for word in little_run("sft", tmp_path)]
+
+    def told(name: str, *more: str) -> tuple[list[int], Path | None]:
+        (tmp_path / name).mkdir()
+        done = ranks.run(*words, *more, env={supervised.FOLDER: str(tmp_path / name)}, cwd=tmp_path)
+        return done.codes, supervised.read_output(tmp_path / name)
+
+    out = tmp_path / "out"
+    assert told("first") == ([0, 0], out)
+    stands = sorted(out.rglob("*"))
+    assert told("refused") == ([2, 2], None)
+    assert told("mistaken", "--overwrite", "--chat_template_path", "no/such") == ([2, 2], None)
+    assert sorted(out.rglob("*")) == stands
+    assert told("replacing", "--overwrite") == ([0, 0], out)
+
+
 def test_ranks_do_not_wait_longer_than_they_were_told(ranks: Ranks, tmp_path: Path) -> None:
     """No launcher listens here: `ddp_timeout` itself reaches the groups that ZeRO's collectives run on."""
     words = [str(word) for word in little_run("sft", tmp_path, "--ddp_timeout", "3")]

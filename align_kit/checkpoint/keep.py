@@ -21,7 +21,7 @@ from align_kit.config import Config
 from align_kit.config.quantities import parse_bytes, shown_bytes
 from align_kit.run_folder import checkpoints
 
-LEAVING = ".leaving-"  # the name of a checkpoint that is being deleted begins so
+BEING_DELETED = ".leaving-"  # the name of a checkpoint that is being deleted begins so
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _tell(rule: Rule, sizes: Mapping[int, int], beyond: Sequence[int], squeezed:
 def remove(checkpoint: Path) -> bool:
     """Delete a checkpoint; False where somebody reads it. Killed in between, it leaves nothing that looks like one."""
     clean(checkpoint.parent)
-    hidden = checkpoint.with_name(f"{LEAVING}{checkpoint.name}")
+    hidden = checkpoint.with_name(f"{BEING_DELETED}{checkpoint.name}")
     with alone(checkpoint) as free:
         if not free:
             return False
@@ -140,10 +140,12 @@ def remove(checkpoint: Path) -> bool:
 
 def clean(run: Path) -> None:
     """Delete what deletions that were cut short have left."""
-    for place in run.glob(f"{LEAVING}*"):
+    for place in run.glob(f"{BEING_DELETED}*"):
         shutil.rmtree(place)
 
 
-def retain(run: Path, rule: Rule, *, best: Path | None, committed: Path) -> list[Path]:
-    """Delete what `surplus` names, and return what went."""
-    return [place for place in surplus(run, rule, best=best, committed=committed) if remove(place)]
+def retain(run: Path, rule: Rule, *, best: Path | None, committed: Path) -> None:
+    """Delete what `surplus` names."""
+    for place in surplus(run, rule, best=best, committed=committed):
+        if not remove(place):
+            log.warn(f"{place.name} stays until another is committed: it is being read")

@@ -20,7 +20,7 @@ from align_kit.checkpoint import commit, manifest
 from align_kit.checkpoint.keep import Rule, step_of
 from align_kit.checkpoint.reading import reading
 from align_kit.config import places
-from align_kit.errors import UserError
+from align_kit.errors import UserError, first_line
 
 UNFINISHED = ".unfinished"  # a file in a copy that is being made or taken away
 BESIDE = (run_folder.MANIFEST, run_folder.METRICS)  # what goes with a run's checkpoints
@@ -49,12 +49,7 @@ class Place:
         except (NotThere, UserError):
             raise
         except Exception as error:
-            raise UserError(f"save_copy_to {self.shown} cannot be used: {self.words(error)}") from None
-
-    def words(self, error: BaseException) -> str:
-        """Return an error in one line, without what opens the place."""
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        return places.scrubbed(first, self.url) or type(error).__name__
+            raise UserError(f"save_copy_to {self.shown} cannot be used: {_words(error, self.url)}") from None
 
     def at(self, *names: str) -> str:
         """Return the path of something there."""
@@ -133,6 +128,11 @@ class Place:
         self.fs.rm(self.at(name), recursive=True)
 
 
+def _words(error: Exception, url: str) -> str:
+    """Return an error in one line, without what opens `url`."""
+    return first_line(error, lambda text: places.scrubbed(text, url))
+
+
 # --- there ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,8 +159,8 @@ def push(checkpoint: Path, url: str) -> None:
     place.fs.rm_file(place.at(name, UNFINISHED))
 
 
-def retain(url: str, rule: Rule, *, best: str | None, newest: str) -> list[str]:
-    """Delete the checkpoints at `url` that `rule` does not keep beside `newest` and `best`; return what went.
+def retain(url: str, rule: Rule, *, best: str | None, newest: str) -> None:
+    """Delete the checkpoints at `url` that `rule` does not keep beside `newest` and `best`.
 
     Bytes are not limited there; copies that were cut short go too.
     """
@@ -171,7 +171,6 @@ def retain(url: str, rule: Rule, *, best: str | None, newest: str) -> list[str]:
     gone = [*cut, *(f"{commit.NAME}-{step}" for step in beyond)]
     for name in dict.fromkeys(gone):
         place.remove(name)
-    return gone
 
 
 def clear(url: str) -> None:
@@ -183,19 +182,6 @@ def clear(url: str) -> None:
 
 
 # --- back -------------------------------------------------------------------------------------------------------------
-
-
-def newest(url: str) -> str | None:
-    """Return the name of the newest checkpoint at `url` that verifies there, every byte read; `None` for none."""
-    place = Place(url)
-    for name in place.names():
-        try:
-            place.check(name, place.manifest(name)["files"])
-        except Exception as reason:  # each backend has its own
-            log.warn(f"{name} at {place.shown} does not verify: {place.words(reason)}")
-        else:
-            return name
-    return None
 
 
 def pull(url: str, into: Path) -> Path | None:
@@ -256,7 +242,6 @@ class Copies:
 
     def __init__(self, url: str, rule: Rule) -> None:
         self.url, self.rule = url, rule
-        self.newest: str | None = None  # the newest that stands there, made by this process
         self._lock = threading.Lock()
         self._waiting: tuple[Path, Path | None] | None = None
         self._thread: threading.Thread | None = None
@@ -292,8 +277,7 @@ class Copies:
     def _copy(self, checkpoint: Path, best: Path | None) -> None:
         try:
             push(checkpoint, self.url)
-            self.newest = checkpoint.name
             retain(self.url, self.rule, best=best.name if best else None, newest=checkpoint.name)
         except Exception as error:  # whatever a backend raises: the checkpoint stands where it is
-            first = places.scrubbed((str(error).strip().splitlines() or [type(error).__name__])[0][:200], self.url)
-            log.warn(f"{checkpoint.name} was not copied to {places.public(self.url)} ({first}); the run goes on")
+            why = _words(error, self.url)
+            log.warn(f"{checkpoint.name} was not copied to {places.public(self.url)} ({why}); the run goes on")

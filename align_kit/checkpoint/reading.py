@@ -6,10 +6,11 @@ none, and then nobody is seen reading.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from align_kit.checkpoint import manifest
@@ -45,11 +46,14 @@ def reading_all(places: Iterable[Path | None]) -> Iterator[None]:
 
 @contextmanager
 def alone(checkpoint: Path) -> Iterator[bool]:
-    """Yield whether nobody reads the checkpoint, and keep it so meanwhile."""
+    """Yield whether nobody reads the checkpoint, and keep it so meanwhile; False where that cannot be found out."""
     try:
-        handle = os.open(checkpoint / manifest.NAME, os.O_RDWR)  # NFS locks alone only what may be written
-    except OSError:
+        handle = _opened(checkpoint / manifest.NAME)
+    except FileNotFoundError:
         yield True  # it is no checkpoint any more
+        return
+    except OSError:
+        yield False
         return
     try:
         yield _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,14 +67,21 @@ def is_read(checkpoint: Path) -> bool:
         return not free
 
 
+def _opened(place: Path) -> int:
+    """Open a file that is to be locked alone: for writing, which NFS asks for, else for reading."""
+    with suppress(OSError):
+        return os.open(place, os.O_RDWR)
+    return os.open(place, os.O_RDONLY)
+
+
 def _lock(handle: int, how: int) -> bool:
     """Return whether the lock was to be had, which it is where the file system knows none."""
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno != errno.EBADF  # NFS knows locks, but not this one of a file opened for reading
     return True
 
 

@@ -17,7 +17,7 @@ from align_kit import log
 from align_kit.checkpoint import commit, manifest
 from align_kit.checkpoint.find import Gather
 from align_kit.checkpoint.space import NO_SPACE, coming, is_full, room
-from align_kit.errors import Fault
+from align_kit.errors import Fault, first_line
 from align_kit.run_folder import checkpoints
 
 Write = Callable[[Path], None]
@@ -178,5 +178,4 @@ def _words(error: Exception) -> str:
     """Return what went wrong in a few words; a full disk always by that name."""
     if is_full(error):
         return f"{NO_SPACE} on the disk"
-    first = (str(error).strip().splitlines() or [""])[0][:200]
-    return first or os.strerror(getattr(error, "errno", None) or errno.EIO)
+    return first_line(error) if str(error).strip() else os.strerror(getattr(error, "errno", None) or errno.EIO)

@@ -16,14 +16,26 @@ from align_kit.errors import Fault
 from align_kit.run_folder import checkpoints
 
 MARGIN = 1.02  # what folders and blocks take beside the bytes of files
+CUT_WEIGHTS = "global_step*/*zero_pp_rank_*_model_states.pt"  # what DeepSpeed writes of weights that ZeRO-3 cuts
 NO_SPACE = "no space left"  # what the system says, and libraries after it
 FELL_SHORT = ("inline_container.cc", "iostream error")  # what torch says of a file it could not write all of
 
 
 def coming(run: Path, estimate: int) -> int:
-    """Return the bytes that the next checkpoint will take: those of the last one, else the caller's estimate."""
-    sizes = (manifest.total_bytes(place) for place in reversed(checkpoints(run)) if manifest.read(place) is not None)
+    """Return the bytes that writing the next checkpoint takes: what the last one took, else the caller's estimate."""
+    sizes = (_written(place) for place in reversed(checkpoints(run)) if manifest.read(place) is not None)
     return next(sizes, estimate)
+
+
+def _written(checkpoint: Path) -> int:
+    """Return the bytes that writing a checkpoint took: those it has, and ZeRO-3's shards of the whole weights.
+
+    The shards are there until the weights are joined (see `assemble`). Where the weights were gathered instead, this
+    is more than was written.
+    """
+    is_cut = any(checkpoint.glob(CUT_WEIGHTS))
+    whole = sum(place.stat().st_size for place in checkpoint.glob("*.safetensors")) if is_cut else 0
+    return manifest.total_bytes(checkpoint) + whole
 
 
 def free_bytes(folder: Path) -> int:

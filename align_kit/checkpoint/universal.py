@@ -42,8 +42,8 @@ def ranks_of(checkpoint: Path) -> int | None:
     return len(list(_tag(checkpoint).glob(SHARDS))) or None
 
 
-def prepare(checkpoint: Path, into: Path, *, trust: bool = False) -> Path:
-    """Make the folder `into` that a run on any number of ranks goes on from, and return it.
+def prepare(checkpoint: Path, into: Path, *, trust: bool = False) -> None:
+    """Make the folder `into` that a run on any number of ranks goes on from.
 
     What does not depend on the ranks is linked, the engine's state is converted. Raises `UserError` where it cannot
     be, and where the disk has no room for it.
@@ -57,11 +57,10 @@ def prepare(checkpoint: Path, into: Path, *, trust: bool = False) -> Path:
         if not any(entry.match(pattern) for pattern in left_out):
             (into / entry.name).symlink_to(entry.resolve())
     if is_cut:
-        convert(checkpoint, into, trust=trust)
-    return into
+        _convert(checkpoint, into, trust=trust)
 
 
-def convert(checkpoint: Path, into: Path, *, trust: bool = False) -> Path:
+def _convert(checkpoint: Path, into: Path, *, trust: bool = False) -> None:
     """Write the engine's state of a verified checkpoint in the universal format, as the newest in the folder `into`."""
     source = _tag(checkpoint)
     shards = sorted(source.glob(SHARDS))
@@ -74,7 +73,6 @@ def convert(checkpoint: Path, into: Path, *, trust: bool = False) -> Path:
     (into / MOMENTS).write_text(json.dumps(torch.stack(moments).sum(0).tolist()))
     _run_converter(source, into / source.name)
     _slim(into / source.name / OPTIMIZER)
-    return into / source.name
 
 
 def _refuse_elsewhere(source: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+END_OF_TEXT = "<|endoftext|>"  # what corpora put between documents, whatever the tokenizer's EOS is
 PRIVATE = range(0xF0000, 0x10FFFE)  # characters that mean nothing: Unicode's supplementary private use areas
 # Some models' marks are added tokens that are not declared special; DeepSeek writes full-width bars.
 _LIKE_A_MARK = re.compile(r"<[|\uff5c].*[|\uff5c]>")
@@ -42,6 +43,11 @@ class ControlTokens:
         self.tokens = sorted((token for token in found if token.strip()), key=lambda token: (-len(token), token))
         self.pattern = re.compile("|".join(map(re.escape, self.tokens)) or "(?!)")
         self._disguises: dict[int, Disguise] = {}
+
+    def separates(self, text: str) -> bool:
+        """Tell whether a text spells a token that stands between documents."""
+        ends = {str(self.tokenizer.eos_token), END_OF_TEXT}
+        return any(found[0] in ends for found in self.pattern.finditer(text))
 
     def within(self, value: Any) -> bool:
         """Tell whether any string in `value` spells a control token."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 RENDERED_BEFORE = (
     "most rows hold control tokens as text; if they were rendered before they came here, give --control_tokens tokens"
 )
+SEPARATED = (
+    "{} hold an end-of-text token as text inside; if it stands between documents there, give --control_tokens tokens"
+)
 
 
 @dataclass
@@ -49,8 +52,11 @@ class Split:
     @property
     def warnings(self) -> list[str]:
         found = list(dict.fromkeys(text for one in self.account["sources"] for text in one["warnings"]))
-        if 2 * self.report.control_rows > self.report.rows_in:
+        report = self.report
+        if 2 * report.control_rows > report.rows_in:
             found.append(RENDERED_BEFORE)
+        elif report.separated_rows:
+            found.append(SEPARATED.format(f"{report.separated_rows} of {report.rows_in} rows"))
         return found
 
     def sentence(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_kit.data.control import ControlTokens, Disguise
+from align_kit.data.report import TokeniseReport
 from align_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,9 +100,14 @@ class Renderer:
         owns = [self._own(row) for row in rows]
         return self._encode([Rendered(self._template(row["messages"], row), True, it) for row, it in owns])
 
-    def spelling_control(self, rows: Sequence[Row]) -> int:
-        """Return how many rows hold control tokens that are encoded as text."""
-        return 0 if self.control is None else sum(self._own(row).disguise is not None for row in rows)
+    def count_control(self, rows: Sequence[Row], report: TokeniseReport) -> None:
+        """Count in `report` the rows with control tokens that are encoded as text."""
+        if self.control is None:
+            return
+        for own in map(self._bare, rows):
+            strings = [own[name] for name in ("prompt", *ENDED) if isinstance(own.get(name), str)]
+            report.control_rows += self.control.within(own)
+            report.separated_rows += any(map(self.control.separates, strings))
 
     def assistant_masks(self, rows: Sequence[Row]) -> list[tuple[Ids, list[int]]]:
         """Return (ids, mask) for each row's messages (or prompt + completion), with 1 on the assistant's tokens.
@@ -127,15 +133,19 @@ class Renderer:
         """Return what of a row is rendered, disguised where it spells control tokens; an EOS at its end is no text."""
         if self.control is None:
             return Own(row, None)
-        own = {name: row[name] for name in RENDERED if row.get(name) is not None}
-        if isinstance(own.get("tools"), str):
-            own["tools"] = json.loads(own["tools"])
-        end = str(self.tokenizer.eos_token)
-        own |= {name: own[name].removesuffix(end) for name in ENDED if isinstance(own.get(name), str)}
+        own = self._bare(row)
         if not self.control.within(own):
             return Own(own, None)
         disguise = self.control.disguise(own)
         return Own(disguise.hidden(own), disguise)
+
+    def _bare(self, row: Row) -> Row:
+        """Return what of a row is rendered, without the EOS at the end of its strings."""
+        own = {name: row[name] for name in RENDERED if row.get(name) is not None}
+        if isinstance(own.get("tools"), str):
+            own["tools"] = json.loads(own["tools"])
+        end = str(self.tokenizer.eos_token)
+        return own | {name: own[name].removesuffix(end) for name in ENDED if isinstance(own.get(name), str)}
 
     def _marked(self, messages: list[Row], own: Own) -> tuple[Ids, list[int]]:
         options = self._options(own.row)

@@ -38,7 +38,8 @@ class TokeniseOptions:
 class TokeniseReport:
     """What tokenising did. `dropped`: reason -> rows; `cut`: rows that lost tokens to max_length but stayed;
     `unended`: untruncated rows whose last trained tokens hold no end token; `control_rows`: rows that spell control
-    tokens, encoded as text; `leftover_tokens`: the packed tail.
+    tokens, encoded as text; `separated_rows`: those among them with strings that spell an end of documents inside;
+    `leftover_tokens`: the packed tail.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class TokeniseReport:
     unended: int = 0
     prompt_shortened: int = 0
     control_rows: int = 0
+    separated_rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     max_tokens: int = 0

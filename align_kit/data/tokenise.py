@@ -121,7 +121,7 @@ def _made(
     for start in range(0, len(dataset), BATCH_ROWS):
         batch = dataset[start : start + BATCH_ROWS]
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        report.control_rows += renderer.spelling_control(rows)
+        renderer.count_control(rows, report)
         yield list(make(rows, renderer, options, report))
 
 

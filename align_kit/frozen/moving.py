@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from align_kit.errors import UserError
+from align_kit.errors import UserError, first_line
 from align_kit.frozen.hold import Frozen, bare, is_resident
 from align_kit.frozen.identity import Identity
 
@@ -95,7 +95,7 @@ class MovingReference(Frozen):
             self._let_go_of_copies()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"the checkpoint {checkpoint} does not hold the reference as it had moved ({_first_line(error)}); go "
+                f"the checkpoint {checkpoint} does not hold the reference as it had moved ({first_line(error)}); go "
                 "on from an older one with --resume <checkpoint>"
             ) from None
         if total is not None and str(self.fingerprint(self.model)) != total:  # type: ignore[arg-type]
@@ -164,10 +164,6 @@ def _piece(handles: Sequence[Any], name: str, start: int, stop: int) -> Tensor:
         for place in range(start // length, -(-stop // length))
     ]
     return torch.cat(parts) if parts else torch.empty(0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 class Following(TrainerCallback):

@@ -17,7 +17,7 @@ from align_kit import run_folder, supervised
 from align_kit.config.steps import parse_steps
 from align_kit.launch import tell
 from align_kit.launch.agent import Agent
-from align_kit.launch.judge import Ended, Verdict, judge
+from align_kit.launch.judge import Ended, Verdict, judge, without_progress
 from align_kit.launch.options import Options
 from align_kit.launch.signals import Signals
 from align_kit.launch.watch import Watch
@@ -48,7 +48,7 @@ class _Attempts:
         self.options, self.command, self.folder = options, command, folder
         self.signals = Signals()
         self.history: list[Ended] = []
-        self.output: Path | None = None  # where the run keeps its checkpoints
+        self.output: Path | None = None  # where the run keeps its checkpoints, once the folder is its own
         given = os.environ.get(supervised.SKIP_STEPS)
         self.skipped = parse_steps(given) if given else frozenset()
 
@@ -63,9 +63,8 @@ class _Attempts:
             if verdict.code is not None:
                 self._say_end(verdict, agent)
                 return verdict.code
-            restart = len(self.history)
             left_out = verdict.skip_steps - self.skipped
-            tell.starting_again(self.history[-1], restart, self.options.max_restarts, left_out)
+            tell.starting_again(self.history[-1], without_progress(self.history), self.options.max_restarts, left_out)
             self.skipped = verdict.skip_steps
 
     def _attempt(self) -> Agent:
@@ -86,7 +85,7 @@ class _Attempts:
         os.environ[supervised.FOLDER] = str(place)
         os.environ[supervised.LAUNCHER] = str(os.getpid())
         os.environ[supervised.ATTEMPT] = str(number)
-        if number:
+        if self.output is not None:  # before, the folder may still hold the run that this one replaces
             os.environ[supervised.RESUME] = "auto"
         if self.skipped:
             os.environ[supervised.SKIP_STEPS] = ",".join(map(str, sorted(self.skipped)))
@@ -109,6 +108,7 @@ class _Attempts:
         ended = self.history[-1]
         if ended.failure is None:
             return
-        if verdict.code is not None and verdict.code > 128:
+        asked_to_end = verdict.code is not None and verdict.code > 128
+        if asked_to_end and ended.failure.kind not in ("user", "fault", "error"):  # those have something to say
             return tell.say(f"stopped: {verdict.why}")
         tell.the_end(ended, verdict, len(self.history) - 1, agent.written_by(ended.failure.rank))

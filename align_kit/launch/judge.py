@@ -25,6 +25,11 @@ class Ended:
     commit: str | None = None
     hang: Hang | None = None
 
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint, -1 without one."""
+        return int(self.commit.rpartition("-")[2]) if self.commit else -1
+
     def is_like(self, other: Ended) -> bool:
         """Return whether two attempts failed in the same way at the same step, with no newer checkpoint between."""
         mine, theirs = self.failure, other.failure
@@ -56,16 +61,26 @@ def judge(history: Sequence[Ended], options: Options, skipped: frozenset[int], a
     code = exit_code(last.failure)
     if code == EXIT_CODE:
         return Verdict(code)
-    if last.failure.kind == "error" and last.activity is None:
+    if last.failure.kind == "error" and last.activity is None and len(history) == 1:
         return Verdict(code, "nothing was trained yet, so it would fail in the same way" * (options.max_restarts > 0))
     more = frozenset(last.failure.skip_steps) - skipped
     if len(history) > 1 and last.is_like(history[-2]) and not more:
         more = _poisoned(last, options) - skipped
         if not more:
             return Verdict(code, f"the same failure twice without progress{_hint(last, options)}")
-    if len(history) > options.max_restarts:
-        return Verdict(code, f"--max_restarts {options.max_restarts}" * (options.max_restarts > 0))
+    if without_progress(history) > options.max_restarts:
+        why = f"--max_restarts {options.max_restarts} without a newer checkpoint{_without(more)}"
+        return Verdict(code, why * (options.max_restarts > 0))
     return Verdict(None, skip_steps=skipped | more)
+
+
+def without_progress(history: Sequence[Ended]) -> int:
+    """Return how many attempts there are since one left a checkpoint newer than any before, that one included."""
+    newest, count = history[0].step, 0
+    for ended in history:
+        count = 1 if ended.step > newest else count + 1
+        newest = max(newest, ended.step)
+    return count
 
 
 def exit_code(failure: Failure) -> int:
@@ -84,6 +99,11 @@ def _poisoned(last: Ended, options: Options) -> frozenset[int]:
 def _hint(last: Ended, options: Options) -> str:
     could = last.activity == "train" and not options.skip_poisoned and options.nodes == 1
     return "; --skip_poisoned leaves out the batch of such a step" if could else ""
+
+
+def _without(steps: frozenset[int]) -> str:
+    """Return how the run goes on without steps that the last attempt asked to leave out."""
+    return f"; go on with --resume --skip_steps {','.join(map(str, sorted(steps)))}" if steps else ""
 
 
 def _died_of(failure: Failure, signum: int) -> bool:

@@ -14,9 +14,10 @@ OPTIONS = {
     "node_rank": "which of them this is",
     "master_addr": "address of machine 0",
     "master_port": "port there, by default 29500; each restart takes the next one",
-    "max_restarts": "how often a run that died or hung starts again from its last checkpoint; default 3",
-    "hang_seconds": "a rank hangs after so long without progress, or 20 times the median step; default 60; 0: never",
-    "grace_seconds": "how long ranks may take to save and stop after SIGTERM or SIGINT; default 120",
+    "max_restarts": "restarts in a row without a newer checkpoint, of a run that died or hung; default 3",
+    "hang_seconds": "a rank hangs after so long without progress, or 20 median steps if longer; 30 times so long in an "
+    "evaluation, rollout, save or the first step, 120 times before and after training; 0: never; default 60",
+    "grace_seconds": "how long ranks may take to save and stop after SIGTERM, only to stop after SIGINT; default 120",
     "skip_poisoned": "after two failures at the same step leave out its batch; default false",
 }
 NUMBERS = ("nnodes", "node_rank", "master_port", "max_restarts")

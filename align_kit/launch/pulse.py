@@ -78,8 +78,14 @@ class Pulse:
         return max(self.hang_seconds, STEPS_LATE * statistics.median(self._steps))
 
     def late(self, alive: Sequence[int]) -> bool:
-        """Return whether one of the ranks that are alive has been silent for longer than it may."""
-        return self.hang_seconds > 0 and any(self.silent_for(rank) > self.limit(rank) for rank in alive)
+        """Return whether one of the ranks that are alive has been silent for longer than it may.
+
+        A rank that fails still writes the checkpoint it has begun; the others wait in their step, and may so long.
+        """
+        if self.hang_seconds == 0:
+            return False
+        saving = [self.limit(rank) for rank, beat in self._beats.items() if rank in alive and beat.activity == "save"]
+        return any(self.silent_for(rank) > max(self.limit(rank), *saving, 0.0) for rank in alive)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class Watch:
         return {rank.code for rank in self.ranks.values() if rank.code is not None}
 
     @property
+    def _failed(self) -> bool:
+        """Whether a rank has ended badly: then the others are left behind, and hang for no reason of their own."""
+        return not self.codes <= FINE
+
+    @property
     def is_fine(self) -> bool:
         """Whether every rank has ended well: done, or saved and stopped."""
         return self.codes <= FINE and not self.alive
@@ -83,7 +88,7 @@ class Watch:
             self._look_at(rank, now)
         assert self.pulse is not None
         self.pulse.look(now)
-        if self.alive and self.hang is None and self.pulse.late(self.alive):
+        if self.alive and self.hang is None and not self._failed and self.pulse.late(self.alive):
             self._find_hung()
         if self.alive and now > self._deadline:
             self._give_up()
@@ -95,7 +100,10 @@ class Watch:
         rank.code = rank.process.poll()
         if rank.code is None:
             rank.seen = now
-        elif rank.code == STOPPED_CODE:  # the others may still be saving
+            return
+        if rank.code < 0:  # it could not end what it had started itself
+            _end_group(rank.process.pid)
+        if rank.code == STOPPED_CODE:  # the others may still be saving
             self._end_by(now + self.grace_seconds)
         elif rank.code:
             self._end_by(now + ECHO_SECONDS)
@@ -142,8 +150,7 @@ class Watch:
         """End every rank that runs, and the processes it has started: each leads a group of its own."""
         for rank in self.alive:
             self.ranks[rank].killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.ranks[rank].process.pid, signal.SIGKILL)
+            _end_group(self.ranks[rank].process.pid)
 
     # --- who failed first ---
 
@@ -169,3 +176,12 @@ class Watch:
     def _step(self, rank: int) -> int | None:
         beat = self.last(rank)
         return beat.step if beat else None
+
+
+def _end_group(leader: int) -> None:
+    """End a rank and the processes it has started, of which it leads the group; they may outlive it.
+
+    The kernel gives the number to nobody else while one of them lives.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)

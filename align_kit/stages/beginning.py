@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align_kit import frozen as frozen_models
-from align_kit import log, machine, run_folder
+from align_kit import log, machine, run_folder, supervised
 from align_kit.checkpoint.reading import reading_all
 from align_kit.config import Config
 from align_kit.errors import UserError
@@ -147,8 +147,15 @@ def reading_sources(config: Config, start: Start, args: Any) -> AbstractContextM
 
 
 def clear_home(home: RunFolder, config: Config, start: Start, args: Any) -> None:
-    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it."""
+    """Remove the run that is replaced, now that everything the new one needs has been found; rank 0 does it.
+
+    From here on what lies in the folder is of this run: a launcher may start it again from there, and not before, when
+    it would delete or go on with the run that stood there.
+    """
     for option, place in _used(config, start, args):
         home.refuse_inside(option, place)
-    if args.process_index == 0:
-        home.clear()
+    with args.main_process_first(local=False, desc="clearing the output folder"):
+        if args.process_index == 0:
+            home.clear()
+    if args.local_process_index == 0:  # each machine's launcher hears its own ranks
+        supervised.tell_output(str(home.path))

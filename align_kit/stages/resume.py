@@ -25,7 +25,7 @@ def open_home(recipe: Recipe, config: Config, engine: Engine, plan: BatchPlan, a
     that goes on must be the run it was when the checkpoint was made, but for what it is allowed to change.
     """
     allowed(config)  # a mistake in it must not wait for the day the run goes on
-    again = os.environ.get(supervised.RESUME)
+    again = gather(os.environ.get(supervised.RESUME))[0]  # on several machines one launcher may be ahead
     home = _opened(config, args, again or config.run.resume)
     if not (again or config.run.resume):
         refuse_used_copies(config, args)

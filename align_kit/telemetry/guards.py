@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from align_kit.telemetry.roll_call import named
 
-WINDOW = 64  # steps that a spike is measured against
+WINDOW = 64  # steps that tell what is usual
+SPREAD_WINDOW = 128  # steps that tell how far apart values lie: what comes once in twenty steps must be among them
 LEAST = 16  # steps before any is: the first ones fall fast
 FLOOR = 0.01  # of the median: a deviation is taken to be no less, so that numbers that hardly change have no spikes
-TAIL, TAIL_DEVIATIONS = 3, 3.0  # the third largest: normal ones of a whole window lie less than 3 MADs above the median
+TAIL, TAIL_DEVIATIONS = 3, 3.0  # the third largest: a normal one of 128 lies 3 MADs above the median
 PATIENCE = 3  # steps in a row without an update, the last of which ends the run
 LARGEST = 300.0  # exponent: beyond it nothing is a spike
 SCALING_PATIENCE = 16  # in fp16, whose loss scale starts at 2^16 and halves at each such step
@@ -39,17 +40,18 @@ class Decision(NamedTuple):
 
 
 class Rolling:
-    """The latest `WINDOW` values of a quantity, and how far above them a new one lies.
+    """The latest values of a quantity, and how far above them a new one lies.
 
     `values` are those that were trained on, `seen` those too that were not: they say nothing of what is usual, but
-    something of how far values lie apart. Else a tail that is skipped once would be skipped for ever.
+    something of how far apart values lie. Else a tail that is skipped once would be skipped for ever.
     """
 
     def __init__(self, values: Iterable[float] = (), seen: Iterable[float] | None = None) -> None:
         self.values: deque[float] = deque(values, maxlen=WINDOW)
-        self.seen: deque[float] = deque(self.values if seen is None else seen, maxlen=WINDOW)
+        self.seen: deque[float] = deque(self.values if seen is None else seen, maxlen=SPREAD_WINDOW)
 
     def add(self, value: float, *, trained: bool = True) -> None:
+        """Remember a value, and whether it was trained on."""
         self.seen.append(value)
         if trained:
             self.values.append(value)
@@ -62,8 +64,9 @@ class Rolling:
         limit = median + deviations * max(_deviation(self.seen, median), FLOOR * abs(median))
         if median <= 0 or min(self.seen) < 0:
             return limit
+        # half as many: a logarithm is not skewed, and 6 MADs are 4 standard deviations of a normal one
         logs = [math.log(value) for value in self.seen if value > 0]
-        return max(limit, median * math.exp(min(deviations * _mad(logs, math.log(median)), LARGEST)))
+        return max(limit, median * math.exp(min(deviations / 2 * _mad(logs, math.log(median)), LARGEST)))
 
 
 def _mad(values: Iterable[float], median: float) -> float:

@@ -60,8 +60,6 @@ class Beats(TrainerCallback):
         self.heart = heart
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            supervised.tell_output(args.output_dir)
         self.heart.beat("start", step=state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -22,7 +22,7 @@ from align_kit.errors import UserError
 from align_kit.models.lora import TRAINED
 from align_kit.telemetry.heartbeat import Heart
 from align_kit.telemetry.roll_call import RollCall
-from align_kit.trainers.gather import gathered, shards_of
+from align_kit.trainers.gather import gathered, joins_later, shards_of
 
 EXTRA_STATE = "align_kit_state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -56,6 +56,11 @@ class CheckpointedTrainer(Trainer):
         self.trust_checkpoint = False
 
     # --- what is stored ---
+
+    @functools.cached_property
+    def joins_later(self) -> bool:
+        """Whether checkpoints hold whole weights that are joined from all ranks' shards behind the training."""
+        return joins_later(self)
 
     @property
     def stored_model(self) -> Any:
@@ -125,20 +130,24 @@ class CheckpointedTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # small files are written; what is copied is handed over
 
     def _estimated_bytes(self) -> int:
-        """Return about what a checkpoint takes: the weights, and of what is trained fp32 masters and two moments."""
+        """Return about what a checkpoint takes while it is written: weights, the shards they are joined from, and of
+        what is trained fp32 masters and two moments.
+        """
         named = dict(self.model.named_parameters())
         stored = sum(_numbers(p) * p.element_size() for p in self.stored_names(named).values())
-        return stored + 12 * sum(_numbers(p) for p in named.values() if p.requires_grad)
+        passing = stored if self.joins_later else 0
+        return stored + passing + 12 * sum(_numbers(p) for p in named.values() if p.requires_grad)
 
     def _hand_weights_over(self, folder: Path) -> None:
         """Have the model stored in Hugging Face form: from the ranks' shards later, or from a gather now."""
-        saver, shards = self.saver, shards_of(self)
-        if shards is None:
+        saver = self.saver
+        if not self.joins_later:
             weights = gathered(self, copy=True)
             if self.args.should_save:
                 with safetensors_handed_over(saver.hand_over):
                     self.store_model(folder, weights)
             return
+        shards = shards_of(self)
         shards.hand_over(folder, self.args.process_index, saver.hand_over, self.model_wrapped.checkpoint_engine.copies)
         if self.args.should_save:
             with safetensors_handed_over(functools.partial(self._fill_first, shards, folder)):
@@ -215,8 +224,10 @@ class CheckpointedTrainer(Trainer):
             done = super().train(*args, **kwargs)
             self.saver.join()
             return done
+        except BaseException:
+            self.heart.beat("save")  # the launcher has more patience with it than with a step
+            raise
         finally:
-            self.heart.beat("save")
             self.saver.leave()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

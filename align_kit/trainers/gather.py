@@ -41,11 +41,15 @@ def _whole(trainer: Any) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in engine.module.state_dict().items() if name in trained}
 
 
-def shards_of(trainer: Any) -> Shards | None:
-    """Return this rank's part of what is to be stored, where whole weights can be joined from all parts later."""
-    engine, model = trainer.model_wrapped, trainer.stored_model
-    if trainer.is_lora or not engine.zero_optimization_partition_weights() or not can_assemble(model, engine):
-        return None
+def joins_later(trainer: Any) -> bool:
+    """Tell whether what is to be stored can be joined from the shards of all ranks, with no gather."""
+    engine = trainer.model_wrapped
+    sharded = not trainer.is_lora and engine.zero_optimization_partition_weights()
+    return sharded and can_assemble(trainer.stored_model, engine)
+
+
+def shards_of(trainer: Any) -> Shards:
+    """Return this rank's part of what is to be stored, for whole weights to be joined from later."""
     stored = trainer.stored_names(dict(trainer.model.named_parameters(remove_duplicate=False)))
     buffers = trainer.stored_names(dict(trainer.model.named_buffers()))
     persistent = trainer.stored_model.state_dict().keys()

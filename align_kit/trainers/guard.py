@@ -191,7 +191,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def _acted(self, decision: Decision) -> bool:
         line = f"step {self.step}: {decision.why}"
         if decision.what == STOP:
-            raise Fault(f"{line}; {STANDS}", decision.skip_steps)
+            without = f" --skip_steps {','.join(map(str, decision.skip_steps))}" if decision.skip_steps else ""
+            raise Fault(f"{line}; {STANDS}{without}", decision.skip_steps)
         if decision.what == SKIP:
             log.warn(f"{line}; no update is made ({self.judge.in_a_row} in a row, {self.judge.patience} end the run)")
         elif decision.what == WARN:
