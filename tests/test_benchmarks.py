@@ -44,3 +44,20 @@ def test_preference_step_on_real_lengths(real_data: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("gsm8k_pairs", "llamafactory_dpo_en", "xstest"):
         assert f"\n{name} " in done.stdout
+
+
+def test_save_hold() -> None:
+    done = run("save_hold", "--model", "tiny", "--rounds", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"ours / theirs \d+\.\d\d", done.stdout.splitlines()[-1])
+
+
+def test_soak() -> None:
+    """One run, whatever is done to it, and the counts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.soak", "--minutes", "0.01", "--seed", "8"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nruns equal to the undisturbed one           1\n" in done.stdout
+    assert done.stdout.splitlines()[-1] == "soak of 0.01 minutes, seed 8: all well"

@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
         r"output_dir photos is not empty and holds no run of align_kit; remove it yourself",
     ),
     "resume nothing": (("--resume",), r"--resume: out holds no checkpoint to go on from; start without --resume"),
-    "resume a wrong path": (("--resume", "photos"), r"--resume photos: no checkpoint's name; give a checkpoint-N folder"),
+    "resume a wrong path": (("--resume", "photos"), r"--resume photos: no checkpoint's name; give"),
     "resume and overwrite": (("--resume", "--overwrite"), r"resume .* and overwrite .* were both given; drop one"),
     "unknown tokenizer": (("--tokenizer_name", "./no"), r"tokenizer_name './no': no such folder"),
     "no such configuration": (("--config_name", "builtin:tony"), r"'builtin:tony': no such built-in model"),
