@@ -184,6 +184,7 @@ REFUSALS = [
     ("dpo", "--config_overrides a=1", "config_overrides was given without config_name"),
     ("dpo", "--early_stopping_patience 2", "early_stopping_patience=2 needs evaluation; set eval_strategy"),
     ("dpo", "--load_best_model_at_end", "load_best_model_at_end (command line) needs evaluation"),
+    ("dpo", "--save_strategy no --save_steps 5", "save_steps was given, but save_strategy (command line) is no; add"),
     ("dpo", "--do_eval", "do_eval (command line) needs evaluation"),
     ("pretrain", "--packing false", "but pretrain always packs"),
     ("dpo", "--no_gradient_checkpointing --activation_checkpointing", "two names of one setting"),

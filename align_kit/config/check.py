@@ -255,6 +255,13 @@ def _evaluation(config: Config) -> Iterator[str]:
             yield f"{name} ({config.origin[name]}) needs evaluation; set eval_strategy: steps or epoch"
 
 
+def _saving(config: Config) -> Iterator[str]:
+    """A cadence of checkpoints, said on the command line, where none are made."""
+    if config.origin.get("save_steps") == "command line" and config.value("save_strategy") == "no":
+        where = config.origin["save_strategy"]
+        yield f"save_steps was given, but save_strategy ({where}) is no; add --save_strategy steps"
+
+
 def _packing(config: Config) -> Iterator[str]:
     """Unpacked pretraining."""
     if config.phase == "pretrain" and config.given("packing") and not config.training.get("packing"):
@@ -317,6 +324,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _loss,
     _precision,
     _evaluation,
+    _saving,
     _packing,
     _checkpointing,
     _quantities,
