@@ -55,9 +55,9 @@ def test_save_hold() -> None:
 def test_soak() -> None:
     """One run, whatever is done to it, and the counts."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.soak", "--minutes", "0.01", "--seed", "8"],
+        [sys.executable, "-m", "tests.faults.soak", "--minutes", "0.01", "--seed", "19", "--steps", "9"],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^runs equal to the undisturbed one +1$", done.stdout, re.MULTILINE)
-    assert done.stdout.splitlines()[-1] == "soak of 0.01 minutes, seed 8: all well"
+    assert done.stdout.splitlines()[-1] == "soak of 0.01 minutes, seed 19: all well"

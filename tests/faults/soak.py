@@ -1,9 +1,9 @@
 """Faults at random for as long as asked, and what became of the runs they were done to.
 
-    python -m tests.faults.soak [--minutes 30] [--seed 0]
+    python -m tests.faults.soak [--minutes 30] [--seed 0] [--steps 60]
 
-A run of two ZeRO-3 ranks trains a small model for 60 steps with a checkpoint every 3. It is disturbed by a process of
-its own until it has finished: a rank is killed at a random step or in the middle of a save, the launcher is killed
+A run of two ZeRO-3 ranks trains a small model, with a checkpoint every 3 steps. It is disturbed by a process of its own
+until it has finished: a rank is killed at a random step or in the middle of a save, the launcher is killed
 (`align-kit launch`, whose ranks must end with it), the disk is filled; between two attempts bytes of a random
 checkpoint are flipped, files are cut or removed. Then it is compared with the run nobody disturbed, and the next one
 begins. What is done, and when, follows from `--seed`; to the millisecond it depends on the machine.
@@ -30,8 +30,7 @@ from tests.faults.world import LORA, Victim, differences, flip, undisturbed
 from tests.harness import Ranks
 from tests.small import Lab, lab_of, words
 
-STEPS, EVERY = 60, 3
-LONG: dict[str, Any] = {**LORA, "max_steps": STEPS, "save_steps": EVERY, "save_total_limit": 3}
+EVERY = 3  # steps from checkpoint to checkpoint
 DISK = 24  # MiB of the small file system that a run lives on, where one can be mounted
 # How often each is done to an attempt, by weight.
 ATTEMPTS = {"kill a rank": 40, "kill in a save": 25, "kill all ranks": 10, "kill the launcher": 5, "fill the disk": 10,
@@ -47,15 +46,20 @@ class Soak:
     lab: Lab
     home: Path
     draw: random.Random
+    steps: int
     counts: Counter[str] = field(default_factory=Counter)
     flipped: set[Path] = field(default_factory=set)  # checkpoints that were changed and not yet met
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {**LORA, "max_steps": self.steps, "save_steps": EVERY, "save_total_limit": 3}
 
     def one_run(self, number: int) -> None:
         """Disturb one run until it has finished, then compare it with the undisturbed one."""
         home = self.home / f"run{number}"
         home.mkdir()
         disk = Disk(home / "disk")
-        victim = Victim(self.lab, "dpo", home, {**LONG}, folder=disk.place / "run")
+        victim = Victim(self.lab, "dpo", home, self.changes, folder=disk.place / "run")
         try:
             for _ in range(MOST_ATTEMPTS):
                 if self.attempt(victim, disk):
@@ -72,7 +76,7 @@ class Soak:
         """Let the run go on, disturbed once; return whether it has finished."""
         kind = self.draw.choices(list(ATTEMPTS), list(ATTEMPTS.values()))[0]
         last = max(victim.steps, default=0)
-        step = min(STEPS, last + self.draw.randint(1, 12))
+        step = min(self.steps, last + self.draw.randint(1, 12))
         delay, rank = self.draw.uniform(0, 0.08), self.draw.randrange(2)
         if kind == "kill the launcher":
             code, text = self.launched(victim, step, delay)
@@ -173,7 +177,7 @@ class Soak:
             else:
                 self.counts["changed checkpoints MISSED"] += 1
         self.flipped.clear()
-        lost, equal = differences(victim, undisturbed(self.lab, "dpo", **LONG))
+        lost, equal = differences(victim, undisturbed(self.lab, "dpo", **self.changes))
         self.counts["runs"] += 1
         self.counts["rows lost"] += lost
         self.counts["runs equal to the undisturbed one"] += equal
@@ -210,14 +214,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60, help="of a run")
     asked = parser.parse_args()
     log.quiet()
     end = time.monotonic() + 60 * asked.minutes
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks(Path(folder))
-        soak = Soak(lab_of(ranks), Path(folder), random.Random(asked.seed))
+        soak = Soak(lab_of(ranks), Path(folder), random.Random(asked.seed), asked.steps)
         try:
-            while time.monotonic() < end:
+            while not soak.counts["runs"] or time.monotonic() < end:
                 soak.one_run(soak.counts["runs"])
                 left = max(0.0, end - time.monotonic()) / 60
                 print(
