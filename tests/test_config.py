@@ -184,7 +184,6 @@ REFUSALS = [
     ("dpo", "--config_overrides a=1", "config_overrides was given without config_name"),
     ("dpo", "--early_stopping_patience 2", "early_stopping_patience=2 needs evaluation; set eval_strategy"),
     ("dpo", "--load_best_model_at_end", "load_best_model_at_end (command line) needs evaluation"),
-    ("dpo", "--save_strategy no --save_steps 5", "save_steps was given, but save_strategy (command line) is no; add"),
     ("dpo", "--do_eval", "do_eval (command line) needs evaluation"),
     ("pretrain", "--packing false", "but pretrain always packs"),
     ("dpo", "--no_gradient_checkpointing --activation_checkpointing", "two names of one setting"),
@@ -457,3 +456,12 @@ def test_importing_the_configuration_is_light() -> None:
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_cadence_of_checkpoints_that_a_recipe_switches_off() -> None:
+    """The shipped recipes save at the end only; a word on the command line must not do nothing."""
+    recipe = resources.folder("recipes") / "dpo.yaml"
+    with pytest.raises(UserError, match="save_steps was given, but save_strategy .*dpo.yaml:16. is no; add --save_"):
+        loaded("dpo", "--save_steps 5", defaults=recipe)
+    assert loaded("dpo", "--save_steps 5 --save_strategy steps", defaults=recipe).value("save_steps") == 5
+    assert loaded("dpo", "--save_steps 5 --save_strategy no", defaults=recipe).value("save_strategy") == "no"

@@ -256,9 +256,9 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 
 def _saving(config: Config) -> Iterator[str]:
-    """A cadence of checkpoints, said on the command line, where none are made."""
-    if config.origin.get("save_steps") == "command line" and config.value("save_strategy") == "no":
-        where = config.origin["save_strategy"]
+    """A cadence of checkpoints, said on the command line, where a file says that none are made."""
+    said, where = config.origin.get("save_steps"), config.origin.get("save_strategy")
+    if said == "command line" and where != said and config.value("save_strategy") == "no":
         yield f"save_steps was given, but save_strategy ({where}) is no; add --save_strategy steps"
 
 
