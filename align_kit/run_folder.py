@@ -112,7 +112,7 @@ class RunFolder:
     @property
     def step(self) -> int:
         """The optimizer step that the run goes on from; 0 for one that begins."""
-        return int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
+        return step_of(self.resume_from) if self.resume_from else 0
 
     def has_changed(self, *names: str) -> bool:
         """Tell whether one of these options or facts is, as allowed, not what it was when the run began."""
@@ -212,10 +212,14 @@ def _named(path: Path, resume: str) -> Path:
     return chosen
 
 
+def step_of(checkpoint: Path | str) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(str(checkpoint).rpartition("-")[2])
+
+
 def checkpoints(path: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    numbered = [(int(p.name.rpartition("-")[2]), p) for p in path.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return [p for _, p in sorted(numbered)]
+    return sorted((p for p in path.glob("checkpoint-*") if p.name[11:].isdigit()), key=step_of)
 
 
 def predecessor(output_dir: Path, phases: Sequence[str]) -> tuple[Path, str] | None:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from align_kit import run_folder
 from align_kit.checkpoint import keep, manifest
 from align_kit.checkpoint import reading as reader
 from align_kit.checkpoint.keep import Rule
@@ -49,7 +50,7 @@ def damage(checkpoint: Path) -> None:
 
 
 def steps(places: list[Path]) -> list[int]:
-    return [keep.step_of(place) for place in places]
+    return [run_folder.step_of(place) for place in places]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from align_kit.checkpoint import manifest
 from align_kit.checkpoint.reading import alone, is_read
 from align_kit.config import Config
 from align_kit.config.quantities import parse_bytes, shown_bytes
-from align_kit.run_folder import checkpoints
+from align_kit.run_folder import checkpoints, step_of
 
 BEING_DELETED = ".leaving-"  # the name of a checkpoint that is being deleted begins so
 
@@ -77,11 +77,6 @@ def best_of(checkpoint: Path) -> Path | None:
     except (OSError, ValueError, KeyError):
         return None
     return checkpoint.with_name(Path(best).name) if best else None
-
-
-def step_of(checkpoint: Path | str) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(str(checkpoint).rpartition("-")[2])
 
 
 def surplus(run: Path, rule: Rule, *, best: Path | None, committed: Path) -> list[Path]:

@@ -17,10 +17,11 @@ from typing import Any
 
 from align_kit import log, run_folder
 from align_kit.checkpoint import commit, manifest
-from align_kit.checkpoint.keep import Rule, step_of
+from align_kit.checkpoint.keep import Rule
 from align_kit.checkpoint.reading import reading
 from align_kit.config import places
 from align_kit.errors import UserError, first_line
+from align_kit.run_folder import step_of
 
 UNFINISHED = ".unfinished"  # a file in a copy that is being made or taken away
 BESIDE = (run_folder.MANIFEST, run_folder.METRICS)  # what goes with a run's checkpoints

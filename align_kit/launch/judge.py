@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from align_kit.errors import EXIT_CODE, FAULT_CODE
 from align_kit.launch.options import Options
 from align_kit.launch.pulse import Hang
+from align_kit.run_folder import step_of
 from align_kit.supervised import Failure
 
 
@@ -28,7 +29,7 @@ class Ended:
     @property
     def step(self) -> int:
         """The step of the newest checkpoint, -1 without one."""
-        return int(self.commit.rpartition("-")[2]) if self.commit else -1
+        return step_of(self.commit) if self.commit else -1
 
     def is_like(self, other: Ended) -> bool:
         """Return whether two attempts failed in the same way at the same step, with no newer checkpoint between."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align_kit import log, run_folder, supervised
-from align_kit.checkpoint import commit, find, keep, manifest, trusted
+from align_kit.checkpoint import commit, find, manifest, trusted
 from align_kit.config import BatchPlan, Config
 from align_kit.errors import UserError
 from align_kit.registry import Recipe
@@ -65,7 +65,7 @@ def _take_up_record(home: RunFolder) -> None:
 def _leave_newer(home: RunFolder) -> None:
     """Move checkpoints beyond the one that was named out of the way: the next resume must not take them up."""
     for place in run_folder.checkpoints(home.path):
-        if keep.step_of(place) > home.step:
+        if run_folder.step_of(place) > home.step:
             moved = commit.set_aside(place, commit.LEFT)
             log.warn(f"the run goes on from step {home.step}: {place.name} was moved to {commit.LEFT}/{moved.name}")
 

@@ -161,5 +161,5 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         for name in self.rolling:
-            self.rolling[name] = Rolling(state[name], state.get("seen", state)[name])
+            self.rolling[name] = Rolling(state[name], state["seen"][name])
         self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 
 from align_kit import log
-from align_kit.checkpoint import manifest, universal
+from align_kit.checkpoint import commit, manifest, universal
 from align_kit.checkpoint.assemble import Shards
 from align_kit.checkpoint.saver import Saver
 from align_kit.checkpoint.snapshot import SnapshotEngine, safetensors_handed_over
@@ -170,7 +170,7 @@ class CheckpointedTrainer(Trainer):
         """Name the checkpoint of the best evaluation: this one, which is about to be, or one that stands."""
         best = self.state.best_global_step
         if best:
-            place = Path(self.args.output_dir) / f"checkpoint-{best}"
+            place = commit.final(self.saver.run, best)
             if best == step or place.exists():
                 self.state.best_model_checkpoint = str(place)
 
@@ -203,7 +203,7 @@ class CheckpointedTrainer(Trainer):
         """Read our own state where transformers reads its callbacks': once, when a run goes on."""
         super()._load_callback_state()
         self._restore_callbacks()
-        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / EXTRA_STATE
+        place = commit.final(self.saver.run, self.state.global_step) / EXTRA_STATE
         try:
             state = json.loads(place.read_text())
             self.load_extra_state(state)
@@ -239,7 +239,7 @@ class CheckpointedTrainer(Trainer):
         self.heart.beat("save")
         self.saver.join()
         self.accelerator.wait_for_everyone()
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        best = commit.final(self.saver.run, self.state.best_global_step or 0)
         if manifest.read(best) is None:
             log.warn(f"{best.name}, of the best evaluation, was never committed: the final model is of the last step")
             return
