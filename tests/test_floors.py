@@ -18,11 +18,11 @@ from tests.harness import ROOT
 FLOORS = (
     {"errors", "log", "resources", "scrub", "supervised", "__version__"},
     {"cards", "config", "failures", "losses", "machine", "run_folder", "zero"},
-    {"data", "forward", "models", "telemetry"},
+    {"data", "forward", "models", "report", "telemetry"},
     {"frozen", "checkpoint", "plan"},
     {"trainers"},
     {"registry", "run", "narrate", "stages"},
-    {"launch", "demo", "compare", "report"},
+    {"launch", "demo", "compare", "planner"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -21,6 +21,7 @@ FREE = frozenset(
     {
         # the run and its folder
         *("output_dir", "overwrite", "resume", "resume_from_checkpoint", "allow_change", "trust_checkpoint", "dry_run"),
+        "force",
         *("restore_callback_states_from_checkpoint", "do_train", "do_eval", "local_rank"),
         # saving
         *("save_strategy", "save_steps", "save_minutes", "save_before", "save_milestone_steps", "save_bytes_limit"),
@@ -31,6 +32,7 @@ FREE = frozenset(
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
         *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
         *("trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "num_sample_completions"),
+        "sample_prompts",
         # guards
         *("fingerprint_steps", "spike_policy", "spike_deviations", "memory_check", "skip_steps", "debug"),
         "reference_differs",  # a permission, not a choice

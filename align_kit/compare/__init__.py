@@ -1,0 +1,1 @@
+"""`align-kit compare`: runs that differ in one factor, and what that factor did, with intervals."""
