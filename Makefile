@@ -30,7 +30,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or give PYTHON=…"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,wandb,tensorboard]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,wandb,tensorboard,qlora]'
 	@touch $@
 
 demo: setup ## every phase on the embedded data, two ranks, with a table of what each brought (ARMS='dpo ppo' for some)

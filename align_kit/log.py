@@ -42,6 +42,7 @@ QUIET_LOGGERS = {
     "datasets": logging.ERROR,
     "transformers": logging.ERROR,
     "peft": logging.ERROR,
+    "bitsandbytes": logging.ERROR,
     "filelock": logging.ERROR,
 }
 

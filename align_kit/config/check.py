@@ -158,6 +158,15 @@ def _adapters(config: Config) -> Iterator[str]:
         yield "reference_placement: adapter needs an adapter, but use_peft is false; drop one"
 
 
+def _fewer_bits(config: Config) -> Iterator[str]:
+    """A base in 4 bits that would be trained itself, or numbers of one that is not."""
+    if config.model.load_in_4bit and config.given("load_in_4bit") and not config.model.use_peft:
+        yield "load_in_4bit stores a base that is not trained; add use_peft: true, or drop it"
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant"):
+        if config.given(name) and config.value(name) not in (None, False) and not config.model.load_in_4bit:
+            yield f"{name} ({config.origin[name]}) was given without load_in_4bit; add load_in_4bit: true, or drop it"
+
+
 def _placement(config: Config) -> str:
     """Return where the reference is asked to live; TRL's `precompute_ref_log_probs` is another word for cached."""
     return "cached" if config.training.get("precompute_ref_log_probs") else config.run.reference_placement
@@ -315,6 +324,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _numbers,
     _exclusive,
     _adapters,
+    _fewer_bits,
     _task_type,
     _references,
     _stored_reference,

@@ -58,8 +58,7 @@ FSDP = ("models are sharded by DeepSpeed ZeRO-3", "deepspeed: zero3")
 COMPILE = ("torch.compile does not yet carry ZeRO-3's hooks and rows of changing length", "drop it")
 LIGER = ("the shared forward computes no logits it does not need", "drop it")
 LENGTHS = ("rows carry no padding, so grouping them by length saves nothing", "drop it")
-BITS = ("quantised base weights are not built yet", "use_peft with bf16 weights")
-QUANTISE = ("only quantised loading reads it, which is not built yet", "drop it")
+BITS = ("its outlier columns are split at every step, which ZeRO-3's shards do not know", "load_in_4bit: true")
 STREAM = ("data is read, counted and cached before training", "max_samples in the entry of datasets")
 PACKING = ("sft keeps one example per row", "drop it; phase pretrain packs text")
 NO_PADDING = ("rows carry no padding to begin with", "drop it")
@@ -269,10 +268,10 @@ MODEL_CONFIG: dict[str, Row] = {
     "use_rslora": honoured(US),
     "use_dora": honoured(US),
     "load_in_8bit": refused(*BITS),
-    "load_in_4bit": refused(*BITS),
-    "bnb_4bit_quant_type": refused(*QUANTISE),
-    "use_bnb_nested_quant": refused(*QUANTISE),
-    "bnb_4bit_quant_storage": refused(*QUANTISE),
+    "load_in_4bit": honoured(US),
+    "bnb_4bit_quant_type": honoured(US),
+    "use_bnb_nested_quant": honoured(US),
+    "bnb_4bit_quant_storage": refused("ZeRO-3 shards one dtype, so 4-bit weights are stored in the run's", "drop it"),
 }
 
 DATA_CONFIG: dict[str, Row] = {

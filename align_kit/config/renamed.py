@@ -124,7 +124,7 @@ INSTEAD: dict[str, str] = {
     "lora_bias": GONE,
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
     "use_flash_attn": "attn_implementation: flash_attention_2",
-    "bnb_4bit_compute_dtype": "drop it: quantised base weights are not built yet",
+    "bnb_4bit_compute_dtype": "drop it: 4-bit layers compute in the precision of the run",
     "use_reentrant": "gradient_checkpointing_kwargs: {use_reentrant: ...}",
     "gradient_checkpointing_use_reentrant": "gradient_checkpointing_kwargs: {use_reentrant: ...}",
     "wandb_entity": "set WANDB_ENTITY in the environment (env: in YAML)",

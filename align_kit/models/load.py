@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from align_kit import zero
 from align_kit.errors import UserError
 from align_kit.models import lora
+from align_kit.models.quantised import keep_layout
 from align_kit.models.source import Source
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ class How:
     head: str = "lm"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    quantised: Any = None  # transformers' configuration of weights stored in fewer bits
 
     def options(self) -> dict[str, Any]:
         """Return what transformers is told."""
         attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **attention}
+        fewer = {"quantization_config": self.quantised} if self.quantised is not None else {}
+        return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **attention, **fewer}
 
 
 def load_policy(
@@ -90,12 +93,14 @@ def load_policy(
     overrides: Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantised: Any = None,
 ) -> PreTrainedModel:
     """Return the model of `source` in `dtype`, sharded as it is built where ZeRO-3 is on.
 
     `head` "score" gives a sequence classifier with one label: the stored one, or a language model with a fresh head
     of zeros in place of its own (the model's `head_is_fresh` tells). It reads its score off the last token that is
-    not `pad_token_id`, or not what its configuration says where that is `None`.
+    not `pad_token_id`, or not what its configuration says where that is `None`. `quantised` (`quantised.settings`) is
+    for the base of an adapter.
 
     An adapter's weights are merged into its base (see `lora.load_adapter` for going on with it as an adapter).
     Random weights depend on `seed` and on whether ZeRO-3 is on, not on the number of ranks, and so does what is drawn
@@ -103,7 +108,7 @@ def load_policy(
     """
     from transformers import set_seed
 
-    how = How(dtype, head, attn_implementation, trust_remote_code)
+    how = How(dtype, head, attn_implementation, trust_remote_code, quantised)
     if source.random:
         model = _random_model(source, seed, overrides, how)
     elif source.is_adapter:
@@ -168,7 +173,7 @@ def _stored_model(source: Source, how: How) -> PreTrainedModel:
     if fresh:
         _empty_head(model)
     model.name_or_path = source.reference  # what PEFT writes into an adapter as the way back to its base
-    return model  # type: ignore[no-any-return]
+    return model if how.quantised is None else keep_layout(model)  # type: ignore[no-any-return]
 
 
 def _check_head(source: Source, how: How) -> None:

@@ -11,7 +11,7 @@ from align_kit.data.prepare import Prepared
 from align_kit.errors import UserError
 from align_kit.forward.choose import CannotWalk, Choice, choose
 from align_kit.forward.door import open_door
-from align_kit.models import load, lora, moe, policy_and_value, source
+from align_kit.models import load, lora, moe, policy_and_value, quantised, source
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.stages.beginning import Start
@@ -22,6 +22,9 @@ def policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) 
 
     What is "auto" in the engine's configuration and follows from the model's size is filled in.
     """
+    from align_kit.trainers import measured
+
+    measured.begin(args)
     loaded = _policy(recipe, start, words, config, args)
     if recipe.values:
         loaded = _with_values(loaded, start, words, config, args)
@@ -43,7 +46,9 @@ def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any)
     loading = {**_loading(config, args), **ending, "overrides": overrides}
     if not fields.use_peft:
         return load.load_policy(start.source, **loading)
-    base = load.load_policy(start.source.weights, **loading)
+    base = load.load_policy(
+        start.source.weights, quantised=quantised.settings(fields, loading["dtype"]), **loading
+    )
     if start.source.is_adapter:
         copy = frozen_models.REFERENCE_ADAPTER if "reference" in recipe.needs else None
         return lora.load_adapter(base, start.source, head=recipe.head, frozen_copy=copy)

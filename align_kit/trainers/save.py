@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from align_kit.errors import UserError
-from align_kit.models import load, source
+from align_kit.models import load, quantised, source
 from align_kit.trainers.base import PhaseTrainer
 from align_kit.trainers.gather import gathered
 
@@ -48,7 +48,9 @@ def save_final(trainer: PhaseTrainer, folder: Path, probe: Mapping[str, Tensor])
             trainer.store_model(staging, weights)
             _check_tensors(staging, weights, _expected(trainer), _as_stored(trainer, weights))
             trusted = getattr(trainer.args, "trust_remote_code", False)
-            reopened = reopen(staging, next(trainer.model.parameters()).dtype, trust_remote_code=trusted)
+            bits = quantised.settings_of(trainer.model) if trainer.is_lora else None
+            dtype = next(trainer.model.parameters()).dtype
+            reopened = reopen(staging, dtype, trust_remote_code=trusted, base_bits=bits)
             gap = _compare(reopened, probe, live)
             for file in staging.iterdir():
                 os.replace(file, folder / file.name)
@@ -134,14 +136,20 @@ def _compare(reopened: Any, probe: Mapping[str, Tensor], live: Tensor) -> float:
     return gap
 
 
-def reopen(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """Return the model in `folder` as plain transformers (and PEFT) load it, on the CPU."""
+def reopen(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False, base_bits: Any = None) -> Any:
+    """Return the model in `folder` as plain transformers (and PEFT) load it, on the CPU.
+
+    `base_bits` is how the base of an adapter was quantised while it was trained (`quantised.settings_of`).
+    """
     where = source.resolve(str(folder))
-    labels = {"num_labels": 1} if where.head == "score" else {}
+    labels: dict[str, Any] = {"num_labels": 1} if where.head == "score" else {}
+    if base_bits is not None:
+        labels["quantization_config"] = base_bits
     with load.plain_transformers():
         model: Any = load.auto_class(where.head).from_pretrained(
             str(where.weights.folder), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **labels
         )
+        quantised.keep_layout(model)
         if where.is_adapter:
             from peft import PeftModel
 
