@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from align_kit.resources import PACKAGE
 
 BUILTIN = "builtin:"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+WORD_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # all that a model is but its weights
+WEIGHT_FILES = ("*.safetensors", *WORD_FILES)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,21 @@ def resolve(
     return Source(name, folder)
 
 
-def _local_folder(name: str, revision: str | None, option: str) -> Path:
+def configuration(name: str, *, revision: str | None = None, option: str = "model_name_or_path") -> Source:
+    """Return the source behind a model of which no more than the configuration need be here; no weights are fetched.
+
+    Raises `UserError` (naming `option`) where there is no configuration.
+    """
+    folder = _local_folder(name, revision, option, WORD_FILES)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return Source(name, folder, base=configuration(base, option=f"the base of the adapter {name}"))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{option} {name!r}: no config.json in that folder")
+    return Source(name, folder, random=not any(folder.glob("*.safetensors")))
+
+
+def _local_folder(name: str, revision: str | None, option: str, files: Sequence[str] = WEIGHT_FILES) -> Path:
     if name.startswith(BUILTIN):
         folder = PACKAGE / "data" / "embedded" / name.removeprefix(BUILTIN)
         if not (folder / "config.json").is_file():
@@ -88,7 +103,7 @@ def _local_folder(name: str, revision: str | None, option: str) -> Path:
         raise UserError(f"{option} {name!r} is a file; give the folder that holds config.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir():
         raise UserError(f"{option} {name!r}: no such folder{_nearest(path)}; give a folder or a hub id")
-    return _from_hub(name, revision, option)
+    return _from_hub(name, revision, option, files)
 
 
 def _nearest(path: Path) -> str:
@@ -97,12 +112,12 @@ def _nearest(path: Path) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _from_hub(name: str, revision: str | None, option: str) -> Path:
-    """Return the local snapshot of a hub model, downloaded once; safetensors only."""
+def _from_hub(name: str, revision: str | None, option: str, files: Sequence[str]) -> Path:
+    """Return the local snapshot of a hub model, `files` of it downloaded once."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WEIGHT_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

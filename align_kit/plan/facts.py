@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Device = Literal["none", "cpu", "nvme"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Placement = Literal["adapter", "shared", "cached", "sharded", "offloaded", "quantised"]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of an element, by the precision of a run
 
 
@@ -33,6 +35,25 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What a layer of a trunk takes while it is computed, in bytes per token of a row: see `plan.activations`.
+
+    `saved` is kept for the backward, `hidden` is what goes from layer to layer (all that a checkpointed layer keeps),
+    `ends` is kept outside the layers; `forward` is what a forward without gradient takes at most, its input included,
+    `backward` what a backward takes at most beside what was kept, and `again` that of a checkpointed layer, which is
+    computed again in it. `passes` trunks are computed and kept together.
+    """
+
+    saved: float
+    hidden: float
+    ends: float
+    forward: float
+    backward: float
+    again: float
+    passes: int = 1
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model: its parameters in the module's order (tied ones once) and the numbers its arithmetic follows from."""
 
@@ -48,6 +69,10 @@ class Shape:
     experts: int = 0
     experts_per_token: int = 0
     head: Literal["lm", "score"] = "lm"
+    buffers: int = 0  # bytes of what is no parameter and lies whole on each rank
+    tied: int = 0  # elements of parameters that go by another name too, once for each of those names
+    block: Block | None = None  # weighed; `None`: by the numbers of a layer of Llama's kind
+    sharded_block: Block | None = None  # the same under ZeRO-3
 
     @property
     def size(self) -> int:
@@ -65,7 +90,7 @@ class Held:
     """A frozen model of the run: the role it has, where it lives, and its shape (`None` where it has no weights)."""
 
     role: str
-    placement: Literal["adapter", "shared", "cached", "sharded", "offloaded", "quantised"]
+    placement: Placement
     shape: Shape | None = None
 
 
@@ -74,7 +99,7 @@ class EngineFacts:
     """What of a DeepSpeed configuration decides on bytes and traffic; sizes in elements, "auto" filled in."""
 
     stage: int
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     offload_optimizer: Device = "none"
     offload_param: Device = "none"
     reduce_bucket: int = 500_000_000
@@ -82,6 +107,7 @@ class EngineFacts:
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
     max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000  # a weight that is used again within so many is not let go
     contiguous_gradients: bool = True
     overlap_comm: bool = True
 
@@ -97,7 +123,8 @@ class Micro:
 
     `tokens` are the positions the trunk computes (padding included where it is computed), `predicted` those the LM
     head does, `pairs` the query-key pairs that attention needs (summed over sequences, causal ones counted once),
-    `longest` the longest sequence or packed row, `sequences` how many there are. Means need not be whole.
+    `longest` the longest sequence or packed row, `sequences` how many there are; `given` are the tokens of the batch,
+    no padding and every copy of a shared prefix counted. Means need not be whole.
     """
 
     sequences: float
@@ -105,6 +132,7 @@ class Micro:
     predicted: float
     pairs: float
     longest: float
+    given: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,17 @@ def _groups(optimizer: Any) -> Iterator[tuple[Tensor | None, Tensor]]:
         yield from ((None, parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
+def masters_of(optimizer: Any) -> Iterator[Tensor]:
+    """Yield what the update is made on: the flat masters of ZeRO's groups, else the parameters themselves."""
+    return (master for _, master in _groups(optimizer))
+
+
+def moments_of(optimizer: Any) -> Iterator[Tensor]:
+    """Yield all that the optimizer keeps of its parameters."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        yield from (kept for kept in state.values() if isinstance(kept, Tensor))
+
+
 def _state(optimizer: Any, master: Tensor) -> dict[str, Any]:
     """Return the optimizer's own state of a group: DeepSpeed's optimizers wrap torch's."""
     return dict(getattr(optimizer, "optimizer", optimizer).state.get(master, {}))
