@@ -16,7 +16,7 @@ PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
 export ALIGN_KIT_CACHE ?= $(CURDIR)/runs/.cache
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/runs/.extensions
 
-.PHONY: help setup demo test check lint bench soak wheel clean $(PHASES)
+.PHONY: help setup demo compare test check lint bench soak wheel clean $(PHASES)
 
 help: ## list the targets
 	@echo "targets (ARGS='--key value …' is passed on, RANKS=$(RANKS) sets the ranks of a phase):"
@@ -35,6 +35,9 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 
 demo: setup ## every phase on the embedded data, two ranks, with a table of what each brought (ARMS='dpo ppo' for some)
 	@$(BIN)/align-kit demo $(if $(ARMS),--arms $(ARMS)) $(ARGS)
+
+compare: setup ## LoRA against full fine-tuning on the embedded data, as an experiment with intervals: ten minutes
+	@$(BIN)/align-kit compare --ranks $(RANKS) $(ARGS)
 
 test: setup ## the whole test suite
 	@$(BIN)/ruff check .

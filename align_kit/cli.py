@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,27 @@ from align_kit.errors import EXIT_CODE, UserError, unknown
 
 USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value ...]
        align-kit launch [--nproc_per_node N] [--nnodes N ...] <recipe> [...]
+       align-kit plan <recipe> [--gpu NAME --gpus N --nodes N] [--config a.yaml ...] [--key value ...]
        align-kit demo [--seed N]
+       align-kit compare [<recipe>] [--vary key=a,b,c] [--seeds N] [--key value ...]
+       align-kit report <run folder> [...] [--output page.html]
        align-kit cards
 
 recipes:
 {recipes}
 
 `align-kit <recipe> --help` lists every key; `--dry-run` prints what would run and stops."""
+
+
+# What is no recipe; imported when it is asked for.
+COMMANDS = {
+    "launch": "align_kit.launch:launch",
+    "plan": "align_kit.planner:planner",
+    "demo": "align_kit.demo:demo",
+    "compare": "align_kit.compare:compare",
+    "report": "align_kit.report.overlay:report",
+    "cards": "align_kit.cli:list_cards",
+}
 
 
 def usage() -> str:
@@ -51,22 +66,18 @@ def _command(name: str, rest: list[str]) -> int:
         from align_kit.run import run
 
         return run(name, argv=rest)
-    if name == "launch":
-        from align_kit.launch import launch
-
-        return launch(rest)
-    if name == "demo":
-        from align_kit.demo import demo
-
-        return demo(rest)
-    if name == "cards":
-        return _cards()
-    raise unknown("command or recipe", name, [*registry.names(), "launch", "demo", "cards"])
+    if name not in COMMANDS:
+        raise unknown("command or recipe", name, [*registry.names(), *COMMANDS], show=20)
+    module, _, function = COMMANDS[name].partition(":")
+    return int(getattr(importlib.import_module(module), function)(rest))
 
 
-def _cards() -> int:
+def list_cards(words: Sequence[str]) -> int:
+    """Print a line for each data card there is."""
     from align_kit import cards
 
+    if words:
+        raise UserError(f"align-kit cards takes nothing, and was given {words[0]!r}; drop it")
     for name in cards.card_names():
         card = cards.load_card(name)
         print(f"{name:<24} {', '.join(card.block.phases):<30} {', '.join(card.licences):<18} {card.pretty_name}")

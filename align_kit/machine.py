@@ -66,6 +66,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Return the number of ranks on this machine, as the launcher set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def choose_accelerator(environ: MutableMapping[str, str]) -> None:
     """Tell DeepSpeed that this machine has only a CPU where that is so, and give each rank its share of the cores.
 

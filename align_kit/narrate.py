@@ -15,7 +15,8 @@ from align_kit.forward.choose import Choice
 from align_kit.forward.door import door_of
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
-from align_kit.stages import Engine, Start
+from align_kit.stages import Engine, Planned, Start, reporting
+from align_kit.telemetry import spent
 from align_kit.telemetry.clock import clock
 
 
@@ -30,6 +31,7 @@ def record(
     forward: Choice,
     derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
+    planned: Planned,
     args: Any,
 ) -> None:
     """Write the manifest of the run that begins: everything a result depends on."""
@@ -46,6 +48,7 @@ def record(
         seed=args.seed,
         world_size=plan.world_size,
         batch=asdict(plan),
+        plan=planned.as_dict(),
         engine=args.hf_deepspeed_config.config,
         asked_engine=engine.config,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -83,6 +86,7 @@ def header(
     forward: Choice,
     derived: dict[str, tuple[Any, str]],
     plan: BatchPlan,
+    planned: Planned,
     args: Any,
     home: RunFolder,
 ) -> None:
@@ -105,6 +109,7 @@ def header(
     log.say(
         f"  batch      {plan.sentence(recipe.unit)}; {steps} steps, {epochs:.3g} epochs of {plan.rows} {recipe.unit}"
     )
+    log.say(f"  plan       {planned.line()}")
     for name, (value, why) in derived.items():
         log.say(f"  {'derived':<10} {name} {_shown(value)}: {why}")
     if note := _small_numbers(config):
@@ -115,13 +120,24 @@ def header(
         log.say(f"  changed    {change['line']}, from step {home.step} on")
 
 
+@spent.during("final save")
 def save(trainer: Any, rows: Prepared, home: RunFolder) -> Any:
     """Store and verify the final model; a frozen model that changed fails the run here at the latest."""
     from align_kit.trainers.save import save_final
 
     trainer.check_frozen("at the end of training")
+    _measure(trainer, home)
     probe = trainer.collator(trainer.processing_class, trainer.args)([rows.train.rows[0]])
     return save_final(trainer, home.path, probe)
+
+
+def _measure(trainer: Any, home: RunFolder) -> None:
+    """Let the manifest keep what training took, before its state goes; all ranks call it."""
+    from align_kit.trainers.measured import measured
+
+    found = measured(trainer)
+    if trainer.args.process_index == 0:
+        home.write(measured=found)
 
 
 def _computed(trainer: Any) -> str:
@@ -134,10 +150,12 @@ def _computed(trainer: Any) -> str:
 def stopped(trainer: Any, home: RunFolder) -> None:
     """Note that the run was asked to stop, and say from where it goes on; there is no final model yet."""
     step, why = trainer.state.global_step, trainer.stopped_early
+    _measure(trainer, home)
     if trainer.args.process_index == 0:
         home.write(status=run_folder.STOPPED, stopped={"step": step, "why": why})
     unsaved = "" if trainer.saver.committed == step else ", not saved"
     log.say(f"stopped at step {step} ({why}){unsaved}: go on with --resume")
+    reporting.write(home)
 
 
 def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
@@ -151,6 +169,7 @@ def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
         seconds=round(seconds, 1),
         steps=trainer.state.global_step,
         saves={"count": len(trainer.saver.held), "held_seconds": round(sum(trainer.saver.held), 3)},
+        frozen_checks=trainer.frozen_checks,
         result={"digest": saved.digest, "bytes": saved.size, "logit_gap": saved.logit_gap, "last": latest},
     )
     shown = [f"{name} {latest[name]:.4f}" for name in trainer.headline if name in latest]
@@ -158,6 +177,8 @@ def footer(trainer: Any, saved: Any, home: RunFolder, seconds: float) -> None:
     log.say(f"done in {clock(seconds)}, {trainer.state.global_step} steps: {', '.join([*shown, speed])}")
     for line in trainer.closing_lines():
         log.say(line)
+    if page := reporting.write(home):
+        log.say(f"report: {page}")
     log.say(
         f"saved and verified: {home.path} ({saved.size / 1e6:.1f} MB, digest {saved.digest[:12]}, re-opened logits "
         f"within {saved.logit_gap:.1g})"

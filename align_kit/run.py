@@ -14,6 +14,7 @@ from align_kit import failures, log, machine, registry, supervised
 from align_kit.config import Config, dry_run_text, load
 from align_kit.registry import Recipe
 from align_kit.resources import folder
+from align_kit.telemetry import spent
 
 
 def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None 
     `recipes/<name>.yaml`.
     """
     log.quiet()
+    spent.begin()
     supervised.answer()
     with failures.in_one_line() as outcome:
         machine.prepare_process(os.environ)
@@ -46,6 +48,7 @@ def execute(recipe: Recipe, config: Config) -> int:
     with contextlib.ExitStack() as ending:
         args = ending.enter_context(stages.process_group(config, engine, plan))
         home = stages.open_home(recipe, config, engine, plan, args)
+        ending.enter_context(stages.of_a_failure(home))
         ending.enter_context(home.telling_failure())
         ending.enter_context(failures.naming_memory(plan))
         ending.enter_context(failures.naming_packages())
@@ -56,6 +59,7 @@ def execute(recipe: Recipe, config: Config) -> int:
         rows = stages.rows(recipe, config, tokenizer, args)
         stages.keep_data(config, rows, home)
         plan = stages.batch(config, rows=len(rows.train.rows) * stages.repeats(recipe, config))
+        planned = stages.planned(recipe, config, engine, start, tokenizer, rows, plan, home)
         ending.enter_context(stages.cut_anew(config, home, args))
         policy = stages.policy(recipe, start, tokenizer, config, args)
         derived = stages.derived(recipe, rows, policy, config, args, home)
@@ -63,14 +67,16 @@ def execute(recipe: Recipe, config: Config) -> int:
         frozen = stages.frozen(recipe, start, policy, tokenizer, rows, forward, config, args, home)
         stages.clear_home(home, config, start, args)
         trainer = stages.trainer(recipe, policy, tokenizer, rows, frozen, config, args, home)
-        narrate.record(recipe, config, engine, home, start, rows, frozen, forward, derived, plan, args)
-        narrate.header(recipe, config, engine, start, rows, frozen, forward, derived, plan, args, home)
+        narrate.record(recipe, config, engine, home, start, rows, frozen, forward, derived, plan, planned, args)
+        narrate.header(recipe, config, engine, start, rows, frozen, forward, derived, plan, planned, args, home)
+        stages.tell_meters(trainer, planned)
         with trainer.when.listening():
             trainer.train(resume_from_checkpoint=str(home.loads_from) if home.loads_from else None)
         if trainer.stopped_early:
             narrate.stopped(trainer, home)
         else:
             saved = narrate.save(trainer, rows, home)
+            stages.before_and_after(recipe, config, start, rows, trainer, home)
             narrate.footer(trainer, saved, home, time.monotonic() - began)
         stages.finish_copies(trainer)
     return supervised.STOPPED_CODE if trainer.stopped_early else 0

@@ -19,6 +19,9 @@ from align_kit.scrub import scrubbed
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+MACHINE = "machine/"  # begins the names of logged numbers that depend on the machine
+ANSWERS = "samples_before_after.jsonl"
+REPORT = "report.html"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 
 

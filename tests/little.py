@@ -21,6 +21,7 @@ ROWS = {
 TWO_STEPS = (
     *("--config_name", "builtin:tiny", "--max_length", "64", "--max_steps", "2"),
     *("--per_device_train_batch_size", "2", "--output_dir", "out"),
+    *("--report", "false", "--sample_prompts", "0"),
 )
 MORE = {
     "ppo": ("--reward_funcs", "tests.rank_work:odd_tokens", "--response_length", "16", "--num_generations", "2"),
@@ -42,11 +43,12 @@ def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> li
 # Every line a run may print where nothing is wrong: its header, its progress, its footer.
 OURS = re.compile(
     r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
-    r"|  (policy|reference|reward|reward_\d|data|eval|forward|batch|derived|gate|note|output|changed) +\S.*"
+    r"|  (policy|reference|reward|reward_\d|data|eval|forward|batch|plan|derived|gate|note|output|changed) +\S.*"
     r"|  step \d+/\d+  loss -?\d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
     r"|  step \d+: eval (loss|reward) -?\d+\.\d{4}"
     r"|done in [\d:]+, \d+ steps: .* tokens/s( \(\d+% of them computed\))?"
     r"|an iteration: rollout [\d.]+ s, score [\d.]+ s, update [\d.]+ s; some of what was written: \S+"
+    r"|report: \S+"
     r"|saved and verified: \S+ \(.* MB, digest \w{12}, re-opened logits within \S+\)"
 )
 

@@ -46,6 +46,8 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 1,
     "save_strategy": "no",
+    "report": False,  # it takes most of a second; tests/test_report_runs.py has it
+    "sample_prompts": 0,
 }
 
 # What a phase needs beside: PPO writes 4 prompts' completions, then takes three steps on them.

@@ -31,6 +31,7 @@ ONE_ROOM = {"registry": "run", "stages": "run", "narrate": "run", "__main__": "c
 # Libraries that only some rooms may know.
 KEPT_IN = {"deepspeed": {"zero", "frozen", "checkpoint", "trainers"}, "trl": {"trainers"}}
 HEAVY = {"torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate", "numpy", "pydantic"}
+HEAVY |= {"matplotlib"}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

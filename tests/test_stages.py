@@ -23,4 +23,4 @@ PRECISION = [
 
 @pytest.mark.parametrize(("words", "expected"), PRECISION)
 def test_precision(words: str, expected: str) -> None:
-    assert engine._precision(load(registry.get("sft"), words.split())) == expected
+    assert engine.precision_of(load(registry.get("sft"), words.split())) == expected

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from align_kit import supervised
+from align_kit.telemetry.meters import repeatable
 from tests.harness import ROOT, Ranks
 from tests.little import little_run
 from tests.small import lab_of, read_weights, words
@@ -44,8 +45,7 @@ def rank_pid(launcher: int, rank: int) -> int:
 def numbers(run: Path) -> dict[int, dict[str, float]]:
     """Return the logged numbers of each step, times left out; a step that was trained again counts once, the last."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if "per_second" not in k and "runtime" not in k}
-            for line in lines if "loss" in line}  # fmt: skip
+    return {line["step"]: repeatable(line) for line in lines if "loss" in line}
 
 
 def test_a_run_survives_a_killed_and_a_stopped_rank(ranks: Ranks, tmp_path: Path) -> None:

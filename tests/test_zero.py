@@ -28,7 +28,7 @@ def zero3(**changes: Any) -> dict[str, Any]:
 
 
 def test_what_is_shipped() -> None:
-    assert SHIPPED == ["zero2", "zero3", "zero3_nvme", "zero3_offload"]
+    assert SHIPPED == ["zero2", "zero3", "zero3_nvme", "zero3_offload", "zero3_offload_optimizer"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -32,7 +32,7 @@ FREE = frozenset(
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
         *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
         *("trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "num_sample_completions"),
-        "sample_prompts",
+        *("sample_prompts", "report"),
         # guards
         *("fingerprint_steps", "spike_policy", "spike_deviations", "memory_check", "skip_steps", "debug"),
         "reference_differs",  # a permission, not a choice

@@ -153,6 +153,7 @@ class RunFields:
     skip_steps: str | None = option(None, "steps whose batches are drawn but not trained on: 17,18 or 120-180")
     force: bool = option(False, "start a run that the planner says cannot fit in memory")
     sample_prompts: int = option(4, "prompts answered before and after training for the report; 0 = none")
+    report: bool = option(True, "write report.html into the run's folder when it ends, however it ends")
     dry_run: bool = option(False, "print the resolved configuration, batch arithmetic and engine config, then exit")
 
 

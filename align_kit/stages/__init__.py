@@ -7,14 +7,19 @@ from align_kit.stages.data import rows
 from align_kit.stages.engine import Engine, batch, process_group, repeats, shown, start
 from align_kit.stages.models import forward, frozen, policy
 from align_kit.stages.other_world import cut_anew
+from align_kit.stages.plan import Planned, planned, tell_meters
+from align_kit.stages.reporting import of_a_failure
 from align_kit.stages.resume import open_home
+from align_kit.stages.samples import before_and_after
 from align_kit.stages.saving import finish_copies
 from align_kit.stages.training import derived, trainer
 
 __all__ = [
     "Engine",
+    "Planned",
     "Start",
     "batch",
+    "before_and_after",
     "clear_home",
     "cut_anew",
     "derived",
@@ -23,7 +28,9 @@ __all__ = [
     "frozen",
     "keep_data",
     "naming_a_full_disk",
+    "of_a_failure",
     "open_home",
+    "planned",
     "policy",
     "process_group",
     "reading_sources",
@@ -32,6 +39,7 @@ __all__ = [
     "shown",
     "start",
     "starting_point",
+    "tell_meters",
     "tokenizer",
     "trainer",
 ]

@@ -48,7 +48,7 @@ def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
         if recipe.needs and not config.run.reference_model_name_or_path:
             frozen_models.refuse_checkpoint_of(recipe.name, where, owner)
     else:
-        where, why = _previous_phase(recipe, config)
+        where, why = previous_phase(recipe, config)
     return _start(where, why, config)
 
 
@@ -81,7 +81,8 @@ def _why_named(where: Source) -> str:
     return f"{manifest['phase']} run" if manifest else "as configured"
 
 
-def _previous_phase(recipe: Recipe, config: Config) -> tuple[Source, str]:
+def previous_phase(recipe: Recipe, config: Config) -> tuple[Source, str]:
+    """Return where a policy starts that names no model, and why there; `starts_from` may name a phase or a folder."""
     output, asked = Path(config.value("output_dir")), config.run.starts_from
     if asked and Path(asked).is_dir():
         return source.resolve(asked, option="starts_from"), _why_named(source.resolve(asked))

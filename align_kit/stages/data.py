@@ -10,8 +10,10 @@ from align_kit.config import Config
 from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
 from align_kit.data.report import TokeniseOptions
 from align_kit.registry import Recipe
+from align_kit.telemetry import spent
 
 
+@spent.during("data")
 def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
     """Load, render and tokenise the data: the first rank of each machine works, the others open what it stored."""
     import torch.distributed as dist
@@ -23,7 +25,7 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
         test_split_size=config.data.test_split_size,
         evaluate=args.eval_strategy != "no",
         seed=args.seed if args.data_seed is None else args.data_seed,
-        options=_token_options(recipe, config),
+        options=token_options(recipe, config),
         cache=run_folder.cache_folder(os.environ),
     )
     mine = prepare(wanted, words) if args.local_process_index == 0 else None
@@ -35,7 +37,8 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
     return prepared
 
 
-def _token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
+def token_options(recipe: Recipe, config: Config) -> TokeniseOptions:
+    """Return how rows become tokens."""
     given = {"max_length": config.value("max_length"), "control_tokens": config.data.control_tokens}
     if recipe.writes and given["max_length"] is not None:  # what is written needs room behind the prompt
         given["max_length"] -= config.value(recipe.writes) - 1

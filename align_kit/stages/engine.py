@@ -33,7 +33,7 @@ def start(config: Config) -> Engine:
     """Choose precision and engine configuration, agree with the launch file, look for what would block the start."""
     machine.choose_accelerator(os.environ)
     launch = zero.read_launch(os.environ)
-    precision = _precision(config)
+    precision = precision_of(config)
     zero.check_precision(precision, launch)
     if precision == "fp16" and machine.device_name() == "CPU":
         raise UserError("fp16 does not train on a CPU; use --bf16 true, or leave both out for what the hardware does")
@@ -60,8 +60,11 @@ def shown(config: Config, engine: Engine, plan: BatchPlan) -> dict[str, Any]:
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def _precision(config: Config) -> str:
-    """Return what to train in: `bf16` and `fp16` where given, else a `dtype` that was given, else the hardware's."""
+def precision_of(config: Config, native: str | None = None) -> str:
+    """Return what to train in: `bf16` and `fp16` where given, else a `dtype` that was given, else the hardware's.
+
+    `native` is what other hardware than this machine's computes best in.
+    """
     bf16, fp16, dtype = config.training.get("bf16"), config.training.get("fp16"), config.model.dtype
     if fp16:
         return "fp16"
@@ -69,7 +72,7 @@ def _precision(config: Config) -> str:
         return "bf16" if bf16 else "fp32"
     if config.given("dtype") and dtype in PRECISIONS:
         return PRECISIONS[dtype]
-    return machine.hardware_precision()
+    return native or machine.hardware_precision()
 
 
 def batch(config: Config, rows: int | None = None) -> BatchPlan:

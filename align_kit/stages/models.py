@@ -15,8 +15,10 @@ from align_kit.models import load, lora, moe, policy_and_value, quantised, sourc
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.stages.beginning import Start
+from align_kit.telemetry import spent
 
 
+@spent.during("policy")
 def policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any) -> Any:
     """Load the policy, sharded as it is built under ZeRO-3, with LoRA where that is asked for.
 
@@ -91,6 +93,7 @@ def forward(policy: Any, config: Config, args: Any, home: RunFolder) -> Choice:
     return Choice(**recorded) if recorded else choice
 
 
+@spent.during("frozen models")
 def frozen(
     recipe: Recipe,
     start: Start,

@@ -67,6 +67,7 @@ def trainer(
     """Return the phase's trainer with our progress and metrics in place of transformers' printer."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
+    from align_kit.telemetry import trackers
     from align_kit.telemetry.progress import Fingerprints, MetricsFile, Progress
     from align_kit.trainers.other_world import TakenOver
 
@@ -86,6 +87,7 @@ def trainer(
     made.forward_is_ours = config.run.forward == "auto"
     if args.process_index == 0:
         made.note = home.write
+        made.gates = list(home.manifest.get("gates", []) if home.resume_from else [])
         made.record = home.plain
         made.facts = lambda: facts_of(home, args.seed if args.data_seed is None else args.data_seed)
     made.guard.follow(config.run, home.manifest.get("skip_steps", ()))
@@ -97,6 +99,8 @@ def trainer(
         every = 1 if config.run.memory_check == "full" else config.run.fingerprint_steps
         made.add_callback(Fingerprints(made.check_frozen, every))
         made.add_callback(frozen_models.Following(made.move_frozen))
+    if "wandb" in args.report_to:
+        trackers.attach(made, home.plain)
     save_points(made, config, home, args)
     if config.run.early_stopping_patience:
         made.add_callback(EarlyStoppingCallback(config.run.early_stopping_patience))

@@ -19,13 +19,18 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from align_kit import log
 from align_kit.data.balance import balance, row_tokens
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
+from align_kit.run_folder import MACHINE
+from align_kit.telemetry import spent
 from align_kit.telemetry.heartbeat import Beats, Heart, WaitingLimit
+from align_kit.telemetry.meters import Meters
 from align_kit.telemetry.roll_call import RollCall
 from align_kit.trainers.guard import Guard
+from align_kit.trainers.measured import Measure
 from align_kit.trainers.resumed import ResumedTrainer
 from align_kit.trainers.routers import charged, router_coefficient
 from align_kit.trainers.settle import SettleForward
@@ -90,6 +95,8 @@ class PhaseTrainer(ResumedTrainer):
     headline: tuple[str, ...] = ("loss", "eval_loss")  # what the footer of a run shows
     resumable: bool = True  # whether a run could go on from the step that has just ended
     stopped_early: str | None = None  # why, where a run was asked to save and stop
+    flops_per_token: float | None = None  # of training, where the planner has said; and what a rank's device can do
+    peak_flops: float | None = None  # in a second
 
     def __init__(
         self, *, model: Any, args: Any, processing_class: Any, frozen: Mapping[str, Frozen] | None = None, **kw: Any
@@ -105,6 +112,8 @@ class PhaseTrainer(ResumedTrainer):
         self._router_loss: Tensor | None = None  # of the micro-batch at hand
         self.tokens_computed = 0.0
         self.gates_passed = False
+        self.gates: list[str] = []  # what was checked and held, for the report
+        self.frozen_checks = 0
         self.forward_is_ours = True  # whether the way of computing batches was ours to choose
         self.note: Callable[..., None] = lambda **entries: None  # lays entries over the run's manifest
         self.roll_call = RollCall.of_all_ranks()
@@ -114,6 +123,10 @@ class PhaseTrainer(ResumedTrainer):
         self.add_callback(Beats(self.heart))
         self.add_callback(WaitingLimit())
         self.add_callback(SettleForward(self))
+        self.measure = Measure(args)
+        self.add_callback(self.measure)
+        self.meters = Meters()
+        self.add_callback(self.meters)
         self._epoch_iterator: Any = None
         self._batches_drawn = 0
         self.prepare_saving()
@@ -188,6 +201,13 @@ class PhaseTrainer(ResumedTrainer):
 
     def before_first_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Check what must hold before any update; called once with the first micro-batch, on all ranks."""
+
+    def passed(self, text: str, *, said: bool = True) -> None:
+        """Say, and note in the run's manifest, what was checked before it went on, and held."""
+        if said:
+            log.say(f"  gate       {text}")
+        self.gates.append(text)
+        self.note(gates=self.gates)
 
     # --- training ---
 
@@ -281,14 +301,28 @@ class PhaseTrainer(ResumedTrainer):
             self.tokens_computed = 0.0
             found = self.tallies.drain(self.accelerator)
             self.finish_metrics(found)
-            logs.update(found)
+            logs.update(found | self._metered(found["tokens"]))
         super().log(logs, start_time)
+        history = self.state.log_history[-1]  # goes into checkpoints, which are the same whenever a run is repeated
+        self.state.log_history[-1] = {name: value for name, value in history.items() if not name.startswith(MACHINE)}
+
+    def _metered(self, tokens: float) -> dict[str, float]:
+        """Return what the training line took on this machine; `tokens` are those of all ranks since the last one."""
+        known = self.flops_per_token and self.peak_flops
+        share = self.flops_per_token / (self.peak_flops * self.args.world_size) if known else None
+        return self.meters.read(
+            step=self.state.global_step,
+            tokens=tokens,
+            peak_bytes=max(0, self.measure.peak - getattr(self.args, "resident_before", 0)),
+            utilisation=share,
+        )
 
     def check_frozen(self, when: str) -> None:
         """Compare every frozen model with its first fingerprint; see `Frozen.check`."""
         policy = self.accelerator.unwrap_model(self.model_wrapped)
         for frozen in self.frozen.values():
             self.guard.together(functools.partial(frozen.check, policy, when))
+        self.frozen_checks += bool(self.frozen)
 
     def move_frozen(self, step: int) -> None:
         """Let the frozen models that move follow the policy, now that `step` optimizer steps are done."""
@@ -296,6 +330,10 @@ class PhaseTrainer(ResumedTrainer):
             frozen.after_step(self.accelerator.unwrap_model(self.model_wrapped), step)
 
     # --- evaluation ---
+
+    @spent.during("evaluation")
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the batches of an evaluation, once all ranks are about to run as many."""

@@ -20,6 +20,7 @@ from align_kit.checkpoint.saver import Saver
 from align_kit.checkpoint.snapshot import SnapshotEngine, safetensors_handed_over
 from align_kit.errors import UserError
 from align_kit.models.lora import TRAINED
+from align_kit.telemetry import spent
 from align_kit.telemetry.heartbeat import Heart
 from align_kit.telemetry.roll_call import RollCall
 from align_kit.trainers.gather import gathered, joins_later, shards_of
@@ -105,6 +106,7 @@ class CheckpointedTrainer(Trainer):
 
     # --- into a checkpoint ---
 
+    @spent.during("saves")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Hold the loop for a copy of everything in memory; the rest is written and committed behind it."""
         self.roll_call("save", self.state.global_step)
@@ -186,6 +188,7 @@ class CheckpointedTrainer(Trainer):
 
     # --- and back ---
 
+    @spent.during("engine")
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Let the engine be made, give it our way to load and save, and only then load."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -218,11 +221,13 @@ class CheckpointedTrainer(Trainer):
             if isinstance(holder, ExportableState) and isinstance(state := kept.get(type(holder).__name__), dict):
                 vars(holder).update(state.get("attributes", {}))
 
+    @spent.during(spent.TRAINING)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what is being saved when it ends, well or badly, is saved before this returns."""
         try:
             done = super().train(*args, **kwargs)
-            self.saver.join()
+            with spent.during("saves"):
+                self.saver.join()
             return done
         except BaseException:
             self.heart.beat("save")  # the launcher has more patience with it than with a step

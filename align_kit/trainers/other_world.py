@@ -40,8 +40,8 @@ class TakenOver(TrainerCallback):  # type: ignore[misc]
             f"  note       world size {recut.before} -> {recut.after}: {recut.checkpoint.name} was cut anew in "
             f"{recut.seconds:.1f} s; the run goes on, but not bitwise as it would have on {recut.before}"
         )
-        log.say(
-            f"  gate       the {found.what} of a training row is {found.loss:.6g}, and {found.stored:.6g} by the model "
+        self.trainer.passed(
+            f"the {found.what} of a training row is {found.loss:.6g}, and {found.stored:.6g} by the model "
             f"stored in {recut.checkpoint.name} (allowed: {found.allowed:.2g} apart)"
         )
         log.say(f"  note       every rank draws anew: seed {seed} plus its number")

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from align_kit import log
 from align_kit.data.collate import LanguageCollator
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps, tokens_and_values, value_states
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
+from align_kit.telemetry import spent
 from align_kit.telemetry.replayed import put_aside
 from align_kit.trainers import experience
 from align_kit.trainers.assess import Assessor
@@ -211,11 +211,13 @@ class PPO(PhaseTrainer):
         args, began = self.args, time.monotonic()
         self.heart.beat("rollout")
         draws = draws_for(numbers, args.response_length, seed=args.seed, iteration=iteration)
-        written = self.writer.write([row["prompt_ids"] for row in prompts], draws)
+        with spent.during("rollout"):
+            written = self.writer.write([row["prompt_ids"] for row in prompts], draws)
         self.seconds["rollout"] += time.monotonic() - began
         began = time.monotonic()
         self.heart.beat("rollout")
-        rows = self.assess(self.model_wrapped, prompts, written)
+        with spent.during("score"):
+            rows = self.assess(self.model_wrapped, prompts, written)
         self.seconds["score"] += time.monotonic() - began
         return rows, self.assess.texts(written)
 
@@ -345,7 +347,7 @@ class PPO(PhaseTrainer):
                     "not what the policy starts from; set reference_differs: true if that is meant"
                 )
             said += f", KL to the reference 0 within {gap:.1g}"
-        log.say(f"  gate       the policy starts as it wrote: {said}")
+        self.passed(f"the policy starts as it wrote: {said}")
 
     # --- evaluation ---
 

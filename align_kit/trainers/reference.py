@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from align_kit import log
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps
 from align_kit.models.load import evaluating
@@ -45,7 +44,7 @@ def check_identity(trainer: PhaseTrainer, model: nn.Module, batch: Mapping[str, 
             f"not 0; the reference ({who.name}, digest {who.digest[:12]}) is not what the policy starts from; set "
             "reference_differs: true if that is meant"
         )
-    log.say(f"  gate       the policy starts as its reference: log-ratio 0 within {gap:.1g}")
+    trainer.passed(f"the policy starts as its reference: log-ratio 0 within {gap:.1g}")
 
 
 def largest_gap(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_kit import log
 from align_kit.data.collate import PreferenceCollator
 from align_kit.errors import UserError
 from align_kit.forward.scores import last_states, sequence_scores
@@ -67,4 +66,4 @@ class Reward(PhaseTrainer):
                 "the weights the policy starts from give no finite hidden states here: look at model_name_or_path and "
                 "the precision"
             )
-        log.say("  gate       the head is fresh: every score and margin 0")
+        self.passed("the head is fresh: every score and margin 0")

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from align_kit import log
 from align_kit.errors import UserError
 from align_kit.forward.agree import settle, with_relatives
+from align_kit.forward.choose import PLAIN
 from align_kit.forward.door import door_of
 from align_kit.models.load import evaluating
 
@@ -37,6 +38,8 @@ class SettleForward(TrainerCallback):
         if why is not None:
             log.warn(f"forward: going on plain, every sequence padded and computed for itself: {why}")
             self.trainer.note(forward={"mode": door_of(model).mode, "why": why, "asked": "auto"})
+        elif (mode := door_of(model).mode) != PLAIN:
+            self.trainer.passed(f"computed {mode} and plain, the first rows give the same", said=False)
 
     def _first_rows(self, args: Any) -> Any:
         """Return a few of this rank's rows and relatives of theirs, together no more than a micro-batch has, or two."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align_kit import run_folder
+from align_kit.telemetry.meters import repeatable
 from tests.harness import ROOT, Result
 from tests.small import Lab, Run, read_weights, words
 
@@ -132,10 +133,8 @@ def flip(path: Path, draw: random.Random) -> None:
         stream.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
-TIMED = ("_per_second", "runtime", "train_")
 
 
 def trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the logged steps without what is measured by a clock."""
-    kept = [line for line in lines if "loss" in line]
-    return [{name: value for name, value in line.items() if not any(word in name for word in TIMED)} for line in kept]
+    return [repeatable(line) for line in lines if "loss" in line]
