@@ -1,1 +1,7 @@
-"""`align-kit compare`: runs that differ in one factor, and what that factor did, with intervals."""
+"""`align-kit compare`: runs that differ in one thing, and what that thing changes, with intervals over seeds."""
+
+from __future__ import annotations
+
+from align_kit.compare.experiment import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,69 @@
+"""Finished models measured, several at a time where they are small, each once: what was found is kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align_kit import machine, run_folder
+
+if TYPE_CHECKING:
+    from align_kit.compare.work import Task
+
+SMALL = 1 << 30  # bytes of a stored model above which one is measured at a time
+
+
+def measure(tasks: Mapping[str, Task], home: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Return what each task found, by name; `home` keeps it for the next time the same is asked."""
+    run_folder.make_private(home)
+    kept = {name: _kept(home / f"{name}.json", task) for name, task in tasks.items()}
+    due = {name: task for name, task in tasks.items() if kept[name] is None}
+    if due:
+        for name, found in zip(due, _spread(list(due.values()), processes), strict=True):
+            kept[name] = found
+            (home / f"{name}.json").write_text(json.dumps({"key": _key(due[name]), **found}))
+    return {name: found for name, found in kept.items() if found is not None}
+
+
+def _spread(tasks: list[Task], processes: int) -> list[dict[str, Any]]:
+    """Do tasks in processes forked from this one, which has torch imported; one by one on an accelerator."""
+    import torch
+    import transformers  # noqa: F401 - imported once here, so that the forks have it
+
+    from align_kit.compare.work import work
+
+    large = max(_bytes(task) for task in tasks) > SMALL
+    many = 1 if large or torch.accelerator.is_available() else min(processes, machine.cores(), len(tasks))
+    threads = max(1, machine.cores() // many)
+    # A pool ends its processes by SIGTERM, for which this one has a handler of its own.
+    quietly = (signal.SIGTERM, signal.SIG_DFL)
+    with multiprocessing.get_context("fork").Pool(many, initializer=signal.signal, initargs=quietly) as pool:
+        return pool.map(work, [replace(task, threads=threads) for task in tasks], chunksize=1)
+
+
+def _bytes(task: Task) -> int:
+    places = [task.folder, *([task.start] if task.start else [])]
+    return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
+
+
+def _key(task: Task) -> str:
+    """Return what tells one task from another: the models' content and all they are judged by."""
+    from align_kit.models import source
+
+    models = [source.digest(source.resolve(str(place))) for place in (task.folder, task.start) if place]
+    judged = (task.problems, task.texts)
+    return sha256(repr((models, judged)).encode()).hexdigest()
+
+
+def _kept(file: Path, task: Task) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return dict(found) if found.get("key") == _key(task) else None
