@@ -97,6 +97,27 @@ def test_force_starts_it_all_the_same(forced: bool, ranks: Ranks, tmp_path: Path
         assert "8 MiB are there" in done.error()
 
 
+def with_a_model_it_cannot_weigh(argv: list[str]) -> int:
+    """Run `align-kit argv…` where what tells the planner of a model fails."""
+    from align_kit.cli import main
+    from align_kit.plan import describe
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("a layer nobody has seen")
+
+    describe.describe = fails  # type: ignore[assignment]
+    return main(argv)
+
+
+def test_what_cannot_be_planned_trains_all_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    words = [str(word) for word in lean("sft", tmp_path)]
+    function = "tests.test_plan_run:with_a_model_it_cannot_weigh"
+    done = ranks.run(cwd=tmp_path, function=function, argv=words).ok()
+    assert "  plan       not known: NotImplementedError: a layer nobody has seen\n" in done.text
+    said = manifest(tmp_path)
+    assert said["status"] == "finished" and "a layer" in said["plan"]["unknown"]
+
+
 # --- the overlay runs -----------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ class Experiment:
     def _words(self, arm: Arm) -> list[str]:
         """Return what every run of an arm is given."""
         files = self.options.configs or (f"recipes/{self.options.recipe}.yaml",)
-        short = SHORT if self.options.default else ()
+        short: tuple[str, ...] = SHORT if self.options.default else ()
         if self.options.default and not self.options.arms:
             short += SHORT_ADAPTER
         return ["--config", *arm.below, *files, *arm.above, *short, *self.options.words, *arm.words]

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from align_kit import log, machine, run_folder, zero
 from align_kit.config import BatchPlan, Config
 from align_kit.data.prepare import Prepared
-from align_kit.errors import UserError
+from align_kit.errors import UserError, first_line
 from align_kit.frozen.choice import STATE_BYTES, Room, place_apart, place_reference
 from align_kit.frozen.place import REFERENCE_ADAPTER
 from align_kit.models import lora, source
@@ -26,6 +26,7 @@ from align_kit.plan.plan import Plan
 from align_kit.plan.plan import plan as plan_of
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
+from align_kit.scrub import scrubbed
 from align_kit.stages import sampled
 from align_kit.stages.beginning import Start
 from align_kit.stages.engine import Engine, precision_of
@@ -209,19 +210,21 @@ def _passes(run: Run, batch: BatchPlan) -> float:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the run will take, what there is, and what of a rank's rate is its own."""
+    """What the run will take (`None` where that could not be worked out, and why), what there is, and on what."""
 
-    plan: Plan
+    plan: Plan | None
     limits: Limits
     device: Hardware
+    unknown: str = ""
 
     def line(self) -> str:
         """Return the line of the run's header."""
-        return show.line(self.plan, self.limits)
+        return f"not known: {self.unknown}" if self.plan is None else show.line(self.plan, self.limits)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the manifest keeps: plain numbers."""
-        return {**self.plan.as_dict(), "free_bytes": self.limits.device}
+        found = {"unknown": self.unknown} if self.plan is None else self.plan.as_dict()
+        return {**found, "free_bytes": self.limits.device}
 
 
 def planned(
@@ -257,8 +260,31 @@ def _worked_out(
     home: RunFolder,
     limits: Limits,
 ) -> tuple[Planned, str | None]:
-    """Return what the run will take, and why it is refused where it is."""
+    """Return what the run will take, and why it is refused where it is.
+
+    A model that the planner cannot weigh may train all the same: the run goes on without a plan, and says so.
+    """
     device = hardware.here()
+    try:
+        return _weighed(recipe, config, engine, start, words, rows, batch, home, limits, device)
+    except UserError:
+        raise
+    except Exception as error:
+        return Planned(None, limits, device, f"{type(error).__name__}: {first_line(error, scrubbed)}"), None
+
+
+def _weighed(
+    recipe: Recipe,
+    config: Config,
+    engine: Engine,
+    start: Start,
+    words: Any,
+    rows: Prepared,
+    batch: BatchPlan,
+    home: RunFolder,
+    limits: Limits,
+    device: Hardware,
+) -> tuple[Planned, str | None]:
     site = describe.Site(engine.config, cast(Precision, engine.precision), batch, _nodes(batch))
     recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
     data = sampled.known(recipe, config, rows.train.rows, words)
@@ -267,8 +293,9 @@ def _worked_out(
         recipe, config, start.source, data, site, find=lambda name, option: source.resolve(name, option=option),
         free=free, recorded=recorded,
     )  # fmt: skip
-    made = Planned(plan_of(found.run, device), limits, device)
-    if config.run.force or limits.fits(found.run, made.plan.memory):
+    plan = plan_of(found.run, device)
+    made = Planned(plan, limits, device)
+    if config.run.force or limits.fits(found.run, plan.memory):
         return made, None
     ways = choice(recipe, config, found, site, device, limits)
     return made, show.refusal(ways, limits, start.source.name)
@@ -295,6 +322,8 @@ def tell_meters(trainer: Any, planned: Planned) -> None:
 
     A token counts as the trainer counts it: every copy of a shared prefix, computed or not, and no padding.
     """
+    if planned.plan is None:
+        return
     run = planned.plan.run
     trainer.flops_per_token = planned.plan.work.model_flops / (run.accumulation * run.mean.given)
     trainer.peak_flops = planned.device.flops[run.engine.precision]
