@@ -94,7 +94,8 @@ def header(
     ranks = f"{plan.world_size} rank{'s' * (plan.world_size != 1)}"
     where = f"{ranks} on {machine.device_name()}"
     log.say(f"align_kit {recipe.name}: {where}, {engine.precision}, ZeRO-{engine.stage} ({engine.label})")
-    log.say(f"  policy     {start.source.name} ({start.why}, digest {start.digest[:12]})")
+    bits = f", in 4 bits ({config.model.bnb_4bit_quant_type})" if config.model.load_in_4bit else ""
+    log.say(f"  policy     {start.source.name} ({start.why}, digest {start.digest[:12]}){bits}")
     for role, held in frozen.items():
         who = held.identity
         log.say(f"  {role:<10} {who.name} (digest {who.digest[:12]}), {who.placement}: {who.reason}")

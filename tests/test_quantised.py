@@ -62,7 +62,7 @@ def test_a_step_is_that_of_the_base_written_out(lab: Lab, written_out: Path, eng
 @pytest.mark.parametrize("phase", ["dpo", "reward", "ppo"])
 def test_every_head_stands_on_it(lab: Lab, phase: str) -> None:
     run = lab.train(phase, deepspeed=lab.sharded, **BITS)
-    assert "re-opened logits within" in run.result.text
+    assert "), in 4 bits (nf4)\n" in run.result.text and "re-opened logits within" in run.result.text
     if phase == "dpo":
         assert run.losses[0] == pytest.approx(0.693147, abs=1e-5)
 

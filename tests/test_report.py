@@ -305,3 +305,14 @@ def test_overlay_counts_ranks_and_digests_among_what_differs(tmp_path: Path) -> 
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", markup)
     assert cells[cells.index("ranks") :][:3] == ["ranks", "1", "2"]
     assert cells[cells.index("DeepSpeed: zero.stage") :][:3] == ["DeepSpeed: zero.stage", "1", "2"]
+
+
+def test_a_named_plot_is_a_picture_of_its_own_too(tmp_path: Path) -> None:
+    page = Page("a page")
+    page.figure(plots.lines({"one": [(0, 1), (1, 2)]}, x="x", y="y"), "what it shows", "curve")
+    page.write(tmp_path / "page.html")
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
+    used = set(re.findall(r"var\((--\w+)\)", drawn))
+    assert "prefers-color-scheme:dark" in drawn and used and all(f"{name}:" in drawn for name in used)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["curve.svg", "page.html"]

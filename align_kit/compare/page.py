@@ -61,6 +61,7 @@ def _curves(page: Page, results: Results) -> None:
     page.figure(
         plots.lines(by_tokens, x="tokens trained on, k", y="held-out loss, nats", title="Held-out loss by tokens"),
         "mean over seeds",
+        "loss",
     )
     if all(ran.speed for some in results.runs.values() for ran in some):
         by_time = {arm: _mean_curve(some, by_time=True) for arm, some in results.runs.items()}
@@ -97,10 +98,10 @@ def _costs(page: Page, results: Results) -> None:
         page.text("The runs kept no measurements of memory and traffic.")
         return
     state = {arm: _in_mb(ran.measured["state_bytes"]) for arm, ran in firsts.items()}
-    page.figure(plots.bars(state, unit="MB on the fullest rank", title="State between steps"), "by tensor")
+    page.figure(plots.bars(state, unit="MB on the fullest rank", title="State between steps"), "by tensor", "state")
     wire = {arm: _in_mb(_link_bytes(ran)) for arm, ran in firsts.items()}
     if any(wire.values()):
-        page.figure(plots.bars(wire, unit="MB a rank and step", title="On the wire"), "by collective")
+        page.figure(plots.bars(wire, unit="MB a rank and step", title="On the wire"), "by collective", "wire")
 
 
 def _link_bytes(ran: Ran) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_kit.report import plots
-from align_kit.report.style import CSS
+from align_kit.report.style import CSS, PICTURE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +47,7 @@ class Page:
         self.title, self.subtitle = title, subtitle
         self._sections: list[tuple[str, list[str]]] = [("", [])]
         self._figures = 0
+        self._pictures: dict[str, str] = {}  # by the names of their files
 
     def section(self, title: str) -> None:
         """Begin a section; what follows lies in it."""
@@ -88,10 +89,15 @@ class Page:
         )
         self._add(f'<div class="blocks">{items}</div>')
 
-    def figure(self, figure: Figure, caption: str) -> None:
-        """Add a plot; plots that follow each other stand side by side where there is room."""
+    def figure(self, figure: Figure, caption: str, name: str = "") -> None:
+        """Add a plot; plots that follow each other stand side by side where there is room.
+
+        Where `name` is given, `write` also stores it as a picture of its own, `<name>.svg`.
+        """
         self._figures += 1
         drawn = plots.svg(figure, f"f{self._figures}-").translate(_NO_TEXT)
+        if name:
+            self._pictures[name] = drawn.replace(">", f"><style>{PICTURE}</style>", 1) + "\n"
         text = escaped(caption)
         drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{text or "plot"}"', 1)
         below = f"<figcaption>{text}</figcaption>" if caption else ""
@@ -120,15 +126,21 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return where it is."""
+        """Write the page and its named pictures, each whole or not at all, and return where the page is."""
         path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draft.write_text(self.markup(), encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        for name, drawn in self._pictures.items():
+            _write(path.with_name(f"{name}.svg"), drawn)
+        _write(path, self.markup())
         return path
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:

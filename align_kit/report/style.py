@@ -12,11 +12,15 @@ def _hues(colours: tuple[str, ...]) -> str:
     return "".join(f"--s{place}:{colour};" for place, colour in enumerate(colours))
 
 
-CSS = f"""
+COLOURS = f"""
 :root{{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--rule:#d8dee6;--page:#fff;--card:#f5f7fa;
 --link:#0067a5;{_hues(_LIGHT)}}}
 @media (prefers-color-scheme:dark){{:root{{--ink:#e4e9f0;--dim:#9aa6b5;--rule:#38424f;--page:#12161c;--card:#1b212a;
 --link:#7cc0f5;{_hues(_DARK)}}}}}
+"""
+# Of a plot that is a file of its own, on whatever colour it is shown.
+PICTURE = f"""{COLOURS}svg{{stroke-linejoin:round;font-family:system-ui,sans-serif}}svg text{{fill:var(--ink)}}"""
+CSS = f"""{COLOURS}
 *{{box-sizing:border-box}}
 body{{margin:0 auto;padding:1.5rem 1.25rem 4rem;max-width:72rem;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}}
