@@ -14,7 +14,7 @@ import yaml
 from align_kit import log, machine, registry, zero
 from align_kit.config import BatchPlan, Config, derive, load
 from align_kit.config.command_line import split
-from align_kit.errors import UserError
+from align_kit.errors import UserError, first_line
 from align_kit.registry import Recipe
 from align_kit.resources import folder
 
@@ -121,12 +121,18 @@ def answer(recipe: Recipe, config: Config, options: Options) -> Answer:
     device = _device(options)
     engine, _ = zero.choose(config.training.get("deepspeed"), zero.Launch())
     start = _start(recipe, config)
-    data, rows = sampled.sample(recipe, config, start)
-    batch = _batch(recipe, config, options.gpus * options.nodes, rows)
+    ranks = options.gpus * options.nodes
+    data, rows = sampled.sample(recipe, config, start, _batch(recipe, config, ranks, None).global_batch)
+    batch = _batch(recipe, config, ranks, rows)
     site = Site(engine, stage.precision_on(config, device), batch, options.nodes)
     limits = stage.limits_of(device, options.gpus)
     free = None if limits.one else limits.device
-    described = stage.described(recipe, config, start, data, site, find=_find, free=free)
+    try:
+        described = stage.described(recipe, config, start, data, site, find=_find, free=free)
+    except (AttributeError, NotImplementedError, KeyError) as error:  # of a family that no plan was made for
+        raise UserError(
+            f"{start.name} cannot be planned ({type(error).__name__}: {first_line(error)}); it may train all the same"
+        ) from None
     choice = stage.choice(recipe, config, described, site, device, limits)
     return Answer(recipe.name, recipe.unit, start.name, device, limits, batch, choice)
 

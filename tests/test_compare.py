@@ -113,6 +113,7 @@ def test_words_of_the_runs_are_passed_on() -> None:
         ("sft --learning_rates 2", "give rates between 0 and 1"),
         ("sft --learning_rate 1e-3 --learning_rates 1e-3", "were both given"),
         ("sft --vary lora_r=8,16 --arms a b", "both say what differs"),
+        ("sft --vary learning_rate=1e-3,1e-2 --learning_rates 1e-3", "makes each an arm"),
         ("sft --ranks two", "--ranks two: give a whole number"),
     ],
 )
@@ -135,6 +136,12 @@ def test_arms_of_a_varied_key() -> None:
     lists = named('sft --vary lora_target_modules=["q_proj","v_proj"],all-linear')
     assert [arm.words[-1] for arm in lists] == ['["q_proj","v_proj"]', "all-linear"]
     assert lists[0].name == "lora_target_modules=q_proj-v_proj"
+
+
+def test_long_values_that_begin_alike_are_arms_of_their_own() -> None:
+    beginning = "/models/" + "deep/" * 10
+    found = named(f"--vary model_name_or_path={beginning}a,{beginning}b")
+    assert len({arm.name for arm in found}) == 2 and found[1].words[-1] == f"{beginning}b"
 
 
 def test_a_varied_key_of_the_adapter_brings_the_adapter() -> None:
@@ -253,6 +260,15 @@ def test_every_run_reaches_the_quality_that_is_chosen() -> None:
     assert measures.reachable([*runs, ran()]) is None
 
 
+def test_losses_of_another_kind_or_on_other_rows_are_not_compared() -> None:
+    alike = [ran("a"), ran("b")]
+    assert measures.one_loss(["use_peft", "lora_r"], alike) and measures.one_loss(["max_steps"], alike)
+    assert not measures.one_loss(["beta"], alike) and not measures.one_loss(["loss_type"], alike)
+    cut = {"eval": {"digest": "e", "tokenised": {"digest": "cut"}}}
+    assert not measures.one_loss(["max_length"], [ran("a"), ran("b", data=cut)])
+    assert not measures.one_loss(["model_name_or_path"], [ran("a"), ran("b", frozen={"reference": {"digest": "x"}})])
+
+
 def test_problems_are_paired_over_the_same_ones() -> None:
     base = [ran("a", seed, found={"exact": [0.0, 1.0, 0.0, 1.0]}) for seed in (1, 2)]
     other = [ran("b", 1, found={"exact": [1.0, 1.0, 0.0, 1.0]}), ran("b", 2, found={"exact": [1.0, 1.0, 0.0, 0.0]})]
@@ -284,6 +300,11 @@ def test_table_shows_means_and_paired_differences() -> None:
     assert "0.001         | 0.0000 *" in text and "t over 3 seeds" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in tables[:3]}) == 1
+
+
+def test_one_rate_is_no_edge_and_no_ratio() -> None:
+    text = table.markdown(results(sweeps={name: sweep.found({1e-3: 2.0}) for name in ("full", "lora")}))
+    assert "lora: only 0.001 was tried." in text and "beyond" not in text and "times that of" not in text
 
 
 def test_one_seed_has_no_intervals() -> None:

@@ -176,6 +176,20 @@ def test_traffic_hides_behind_arithmetic_as_far_as_the_engine_overlaps_them() ->
     assert seconds(0.0, TEN_GB, nodes=2, world_size=8).exposed == 5  # four links leave a node
     assert seconds(0.0, TEN_GB, nodes=2, world_size=64).exposed == 2  # no faster than inside it
     assert seconds(0.0, TEN_GB).bound == "link"
+    barely = seconds(0.6e12, TEN_GB)
+    assert barely.exposed < barely.compute < barely.seconds == barely.link, "hidden as far as there is arithmetic"
+    assert barely.bound == "link", "quicker arithmetic would not end the step sooner"
+
+
+def test_a_frozen_model_on_the_host_is_fetched_for_each_forward() -> None:
+    """Half of each parameter on each of two ranks, in fp32 over a gigabyte a second."""
+    shape = llama(**SMALL)
+
+    def waits(where: Any) -> float:
+        return seconds(frozen=(Held("reference", where, shape),), accumulation=3).offload
+
+    assert waits("sharded") == 0
+    assert waits("offloaded") == pytest.approx(3 * shape.size / 2 * 4 / 1e9)
 
 
 def test_an_offloaded_optimizer_waits_for_the_host() -> None:

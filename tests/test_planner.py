@@ -160,12 +160,29 @@ def test_what_is_no_number_is_refused(line: tuple[str, ...], said: str) -> None:
     assert str(error.value) == said
 
 
+def family(place: Path, **config: Any) -> Path:
+    """Return the folder of a model of another family, by its configuration alone."""
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps({"num_hidden_layers": 2, **config}))
+    return place
+
+
+def test_a_step_larger_than_the_invented_rows_computes_each_of_its_rows(seven_billion: Path, tmp_path: Path) -> None:
+    """Rows that come twice in a micro-batch would share all they have: 16 of 64 tokens are about 1,024."""
+    line = words("sft", seven_billion, tmp_path, "--per_device_train_batch_size", "16", "--max_length", "64")
+    assert answered(tmp_path / "plan.json", *line)["ways"][0]["tokens"] > 0.98 * 16 * 64
+
+
 def test_mistakes_are_one_line(seven_billion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line, said in (
         (["plan", "dp0"], "unknown recipe 'dp0'"),
         (words("dpo", seven_billion, tmp_path, "--gpu", "h2000"), "unknown gpu 'h2000'"),
         (words("dpo", tmp_path, tmp_path), "cannot be loaded"),
         (words("dpo", seven_billion, tmp_path, "--mfu", "2"), "mfu 2.0 is no share"),
+        (words("dpo", seven_billion, tmp_path, "--html", tmp_path / "nowhere" / "plan.html"), "cannot be written"),
+        (words("sft", family(tmp_path / "t5", model_type="t5"), tmp_path), "cannot be loaded: Unrecognized"),
+        (words("sft", family(tmp_path / "mamba", model_type="mamba"), tmp_path), "cannot be planned"),
+        (["plan", "sft", "--hardware", "nowhere.yaml"], "cannot read nowhere.yaml"),
     ):
         assert main(line) == EXIT_CODE
         assert said in capsys.readouterr().err

@@ -59,6 +59,16 @@ def test_a_step_is_that_of_the_base_written_out(lab: Lab, written_out: Path, eng
     assert relative_gap(ours.weights, apart.weights, {}) > 10 * gap, "the base was not in 4 bits"
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_it_takes_is_planned_and_measured_to_the_byte(lab: Lab, nested: bool) -> None:
+    run = lab.train("sft", deepspeed=lab.sharded, max_steps=5, use_bnb_nested_quant=nested, **BITS)
+    planned, found = run.manifest["plan"]["state_bytes"], run.manifest["measured"]["state_bytes"]
+    for kind in ("parameters", "buffers", "masters", "moments"):
+        assert planned[kind] == found[kind], kind
+    whole = lab.train("sft", deepspeed=lab.sharded, max_steps=5, use_peft=True).manifest["measured"]["state_bytes"]
+    assert found["parameters"] < 0.6 * whole["parameters"]  # the embeddings, which stay whole, are half of them
+
+
 @pytest.mark.parametrize("phase", ["dpo", "reward", "ppo"])
 def test_every_head_stands_on_it(lab: Lab, phase: str) -> None:
     run = lab.train(phase, deepspeed=lab.sharded, **BITS)

@@ -284,6 +284,8 @@ def refusals(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     yield [str(tmp_path / "empty")], "holds no run"
     yield [str(tmp_path / "nowhere")], "holds no run"
     yield [str(tmp_path / "other")], "holds no run"
+    odd = a_run(tmp_path / "odd", data={"train": {}})
+    yield [str(odd)], "not as a run writes it (KeyError"
     yield [str(run), str(run)], "named twice"
     yield [str(run), "--output", str(tmp_path / "no" / "page.html")], "there is no folder"
 

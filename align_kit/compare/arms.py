@@ -58,7 +58,10 @@ def _varied(text: str) -> list[Arm]:
         raise UserError(f"--vary {text}: give a key and two or more different values: --vary lora_r=8,32,128")
     adapter = key in ADAPTER - {"use_peft"}  # without an adapter such a key says nothing
     below, peft = ((LORA,), ("--use_peft", "true")) if adapter else ((), ())
-    return [Arm(_named(key, part), below, words=(*peft, f"--{key}", part)) for part in parts]
+    names = [_named(key, part) for part in parts]
+    if len(set(names)) < len(names):  # long values that begin alike: two paths, for instance
+        names = [f"{name}-{place}" for place, name in enumerate(names, 1)]
+    return [Arm(name, below, words=(*peft, f"--{key}", part)) for name, part in zip(names, parts, strict=True)]
 
 
 def split(values: str) -> list[str]:

@@ -66,8 +66,10 @@ class Experiment:
         self.varied = options.vary.partition("=")[0].strip().replace("-", "_")
         settings = {name: config.as_dict() for name, config in self.configs.items()}
         self.factor = arms.factor(settings, self.varied)
-        for config in self.configs.values():
-            judges.check(options, config)
+        for arm in compared:
+            judges.check(options, self.configs[arm.name])
+            judged = judges.evaluation(self.configs[arm.name], test=True, datasets=options.test_datasets)
+            resolve(options.recipe, [*self._words(arm), *judged])  # what cannot be read is refused before any run
         self.home = output_of(options, tuple(arm.name for arm in compared))
         run_folder.make_private(self.home)
         self.runner = Runner(self.home, options.ranks, overwrite=options.overwrite, launch=launch)
@@ -204,6 +206,7 @@ class Experiment:
         runs = {arm: [reading.with_found(ran, measured[_name(ran)]) for ran in some] for arm, some in runs.items()}
         every = [ran for some in runs.values() for ran in some]
         quality = measures.reachable(every) if self.options.quality is None else self.options.quality
+        quality = quality if measures.one_loss(self.factor, every) else None
         results = Results(
             recipe=self.options.recipe,
             factor=self.factor,
@@ -222,7 +225,27 @@ class Experiment:
         modes = {arm: some[0].manifest["forward"]["mode"] for arm, some in runs.items()}
         told = ", ".join(f"{arm} {mode}" for arm, mode in modes.items())
         differ = [f"Batches were computed in different ways, which shows in speed and memory: {told}."]
-        return [*(differ if len(set(modes.values())) > 1 else []), *self._same_rows()]
+        differ = differ if len(set(modes.values())) > 1 else []
+        return [*differ, *self._other_losses(runs), *_placed(runs), *self._bits(), *self._same_rows()]
+
+    def _other_losses(self, runs: dict[str, list[Ran]]) -> list[str]:
+        """Return a sentence where the arms' held-out losses are not the same quantity."""
+        if measures.one_loss(self.factor, [ran for some in runs.values() for ran in some]):
+            return []
+        keys = ", ".join(self.factor)
+        return [f"What the held-out loss is depends on {keys}: the arms' losses cannot be held against each other."]
+
+    def _bits(self) -> list[str]:
+        """Return a sentence where a base is in 4 bits in training, and not in what is measured afterwards."""
+        names = [arm.name for arm in self.arms if self.configs[arm.name].value("load_in_4bit")]
+        if not names:
+            return []
+        return [
+            f"The base of {', '.join(names)} is in 4 bits in training and in its evaluations, so that its held-out "
+            "loss need not begin where that of a whole base does. Answers, loss on text and update are of its adapter "
+            "merged into the base in full precision, and the gap of logits is between the two: mostly what 4 bits "
+            "round off."
+        ]
 
     def _same_rows(self) -> list[str]:
         """Return a sentence where the runs are judged by the rows that the rates were chosen by."""
@@ -264,6 +287,18 @@ class Experiment:
         if not runs[0].manifest["policy"]["random"]:
             tasks["start"] = Task(start.folder, None, asked, texts, 1)
         return tasks, asked.card if asked else "", [text.name for text in texts]
+
+
+def _placed(runs: dict[str, list[Ran]]) -> list[str]:
+    """Return a sentence for each frozen model that does not stand in the same place in all arms."""
+    first = {arm: some[0].manifest["frozen"] for arm, some in runs.items()}
+    said = []
+    for role in sorted({role for frozen in first.values() for role in frozen}):
+        places = {arm: frozen.get(role, {}).get("placement", "none") for arm, frozen in first.items()}
+        if len(set(places.values())) > 1:
+            told = ", ".join(f"{arm} {place}" for arm, place in places.items())
+            said.append(f"The {role} stands in different places, which shows in memory, traffic and speed: {told}.")
+    return said
 
 
 def _name(ran: Ran) -> str:

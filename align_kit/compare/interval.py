@@ -12,7 +12,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval it lies in with probability `LEVEL`; NaN at both ends where one value is all there is."""
+    """The mean of some values, and an interval that covers the true mean in `LEVEL` of such samples.
+
+    NaN at both ends where one value is all there is.
+    """
 
     mean: float
     low: float

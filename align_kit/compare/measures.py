@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align_kit.compare import fair
 from align_kit.compare.interval import Interval, over, paired
 from align_kit.compare.reading import Ran, checkpoint_bytes, tokens_to, trained_parameters
 
@@ -128,6 +129,19 @@ UPDATE = [
     Measure("stable rank of the update", _found("update", "stable_rank"), ".2f", "", "update"),
     Measure("merged in fp32: largest logit gap", _found("merge_gap", "largest"), ".1e", "less", "update"),
 ]
+
+
+# Keys that say what the loss is: with another beta, a pair that is told apart as well has another loss.
+OF_THE_LOSS = {
+    "loss_type", "beta", "loss_weights", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "use_weighting", "discopop_tau", "desirable_weight", "undesirable_weight", "center_rewards_coefficient",
+    "router_aux_loss_coef",
+}  # fmt: skip
+
+
+def one_loss(factor: Sequence[str], runs: Sequence[Ran]) -> bool:
+    """Tell whether all runs' held-out loss is the same function of the same rows, so that it can be compared."""
+    return not OF_THE_LOSS & {*factor} and {"held-out data", "frozen models"} <= {*fair.equal(runs)}
 
 
 def reachable(runs: Sequence[Ran]) -> float | None:

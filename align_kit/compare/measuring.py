@@ -32,14 +32,19 @@ def measure(tasks: Mapping[str, Task], home: Path, processes: int) -> dict[str, 
 
 
 def _spread(tasks: list[Task], processes: int) -> list[dict[str, Any]]:
-    """Do tasks in processes forked from this one, which has torch imported; one by one on an accelerator."""
+    """Do tasks in processes forked from this one, which has torch imported; one by one in this one on an accelerator.
+
+    A fork of a process that has asked CUDA anything, if only whether it is there, cannot use it.
+    """
     import torch
     import transformers  # noqa: F401 - imported once here, so that the forks have it
 
     from align_kit.compare.work import work
 
+    if torch.accelerator.is_available():
+        return [work(replace(task, threads=machine.cores())) for task in tasks]
     large = max(_bytes(task) for task in tasks) > SMALL
-    many = 1 if large or torch.accelerator.is_available() else min(processes, machine.cores(), len(tasks))
+    many = 1 if large else min(processes, machine.cores(), len(tasks))
     threads = max(1, machine.cores() // many)
     # A pool ends its processes by SIGTERM, for which this one has a handler of its own.
     quietly = (signal.SIGTERM, signal.SIG_DFL)

@@ -103,6 +103,8 @@ def _refuse(words: Mapping[str, list[str]], given: Mapping[str, str]) -> None:
             raise UserError(f"--{name} is not for compare, which gives each run its own; drop it")
     if "vary" in given and "arms" in words:
         raise UserError("--vary and --arms both say what differs; drop one")
+    if "learning_rates" in given and given.get("vary", "").partition("=")[0].strip() == "learning_rate":
+        raise UserError("--learning_rates are tried for each arm, and --vary learning_rate makes each an arm; drop one")
     if "learning_rate" in words and "learning_rates" in given:
         raise UserError("--learning_rate and --learning_rates were both given: one rate for all arms, or those to try")
 

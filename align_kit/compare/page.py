@@ -20,7 +20,7 @@ MB = 1e6
 
 def write(results: Results, place: Path) -> Path:
     """Write the page to `place` and return it."""
-    page = Page(results.title(), f"{len(results.seeds)} seeds each")
+    page = Page(results.title(), f"{len(results.seeds)} seed{'s' * (len(results.seeds) > 1)} each")
     page.section("Result")
     page.text(table.fairness(results))
     page.table(table.head(results), table.main_rows(results))

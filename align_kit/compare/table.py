@@ -147,11 +147,14 @@ def swept(results: Results) -> list[str]:
     """Return a sentence for each arm's learning rate, and one for the ratio of two."""
     said = []
     for arm, found in results.sweeps.items():
+        if len(found.losses) == 1:
+            said.append(f"{arm}: only {found.rate:.2g} was tried.")
+            continue
         guess = f", by a parabola {found.estimate:.2g}" if found.estimate else ""
         edge = f"; it is the {found.edge} that was tried, and a better one may lie beyond" if found.edge else ""
         said.append(f"{arm}: best at {found.rate:.2g} of {len(found.losses)} rates{guess}{edge}.")
     both = [results.sweeps[arm] for arm in results.arms if arm in results.sweeps]
-    if len(both) == 2 and len(results.arms) == 2:
+    if len(both) == 2 and len(results.arms) == 2 and all(len(found.losses) > 1 for found in both):
         one, other = both
         finer = f" ({other.estimate / one.estimate:.2g} by the parabolas)" if one.estimate and other.estimate else ""
         first, second = results.arms

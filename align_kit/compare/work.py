@@ -140,7 +140,8 @@ def merge_gap(where: source.Source, task: Task) -> dict[str, float]:
     options = {"dtype": torch.float32, "seed": 0, "head": where.head, "pad_token_id": words.pad_token_id}
     base = load.load_policy(where.weights, **options, quantised=_quantised(task.folder))
     ids_BT = probe(task, len(words))
-    apart = lora.load_adapter(base, where, head=where.head).eval()(input_ids=ids_BT).logits.float()
+    at = next(base.parameters()).device  # bitsandbytes puts a base in 4 bits on the accelerator, where there is one
+    apart = lora.load_adapter(base, where, head=where.head).to(at).eval()(input_ids=ids_BT.to(at)).logits.float().cpu()
     merged = load.load_policy(where, **options).eval()(input_ids=ids_BT).logits.float()
     return {"largest": float((merged - apart).abs().max()), "spread": float(apart.std())}
 

@@ -53,6 +53,7 @@ def hollow_model(
     config = load.load_config(source.weights, overrides, trust_remote_code=trust_remote_code)
     if head == "score":
         config.num_labels = 1
-    model = load.auto_class(head).from_config(config, **how.options())
+    with load.naming(source):
+        model = load.auto_class(head).from_config(config, **how.options())
     model.name_or_path = source.weights.reference
     return model

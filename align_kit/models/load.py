@@ -31,7 +31,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     folder = next((f for f in places if any(f.glob("tokenizer*")) or any(f.glob("*.model"))), None)
     if folder is None:
         raise UserError(f"{source.name} has no tokenizer files; give --tokenizer_name")
-    with _naming(source):
+    with naming(source):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.name} has no EOS token; set eos_token in its tokenizer_config.json")
@@ -42,7 +42,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
 
 
 @contextmanager
-def _naming(source: Source) -> Iterator[None]:
+def naming(source: Source) -> Iterator[None]:
     """Turn what transformers cannot load, code of the model's own that is not trusted included, into one line."""
     try:
         yield
@@ -57,7 +57,7 @@ def load_config(source: Source, overrides: Mapping[str, Any] | None, *, trust_re
     """Return the model configuration in `source`, with `overrides` (flat names) laid over it."""
     from transformers import AutoConfig
 
-    with _naming(source):
+    with naming(source):
         config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
     for name, value in (overrides or {}).items():
         if not hasattr(config, name):
@@ -154,7 +154,7 @@ def _stored_model(source: Source, how: How) -> PreTrainedModel:
     check_complete(source)
     labels = {"num_labels": 1} if how.head == "score" else {}
     try:
-        with _naming(source):
+        with naming(source):
             check_finite(source)
             _check_head(source, how)
             read: Any = auto_class(how.head).from_pretrained(

@@ -35,6 +35,7 @@ class Site:
     precision: Precision
     batch: BatchPlan  # with rows, where their number is known: those of an epoch
     nodes: int = 1
+    settled: bool = False  # no other ZeRO stage than the engine's is of interest
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def describe(
     """
     module, policy = meta_policy(
         recipe, config, source, precision=site.precision, value_source=value_source, frozen_copy=frozen_copy,
-        rewards=rewards,
+        rewards=rewards, stage=_stage(site.engine) if site.settled else None,
     )  # fmt: skip
     batches = _batches(recipe, config, data, site, _mode(module, config))
     mean, worst = batches.sized(site.batch.per_device, site.batch.accumulation)
@@ -138,7 +139,7 @@ def engine_facts(config: Mapping[str, Any], precision: Precision, hidden: int) -
     What the configuration leaves out has DeepSpeed's own default.
     """
     zero_part = config.get("zero_optimization", {})
-    stage, automatic = int(zero_part.get("stage", 0)), zero.sizes(hidden)
+    stage, automatic = _stage(config), zero.sizes(hidden)
 
     def size(key: str, default: int) -> int:
         value = zero_part.get(key, default)
@@ -159,6 +160,10 @@ def engine_facts(config: Mapping[str, Any], precision: Precision, hidden: int) -
         contiguous_gradients=bool(zero_part.get("contiguous_gradients", True)),
         overlap_comm=stage == 3 if overlap is None else bool(overlap),
     )
+
+
+def _stage(config: Mapping[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _device(zero_part: Mapping[str, Any], part: str) -> Any:

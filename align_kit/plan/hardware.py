@@ -69,7 +69,7 @@ def named(name: str, *, hardware_file: str | None = None, prices_file: str | Non
     Raises `UserError` for a name that is not there, and for a file that is none of machines.
     """
     if name in ("here", CPU):
-        return here(prices_file=prices_file)
+        return here(hardware_file=hardware_file, prices_file=prices_file)
     known = table(hardware_file)
     if name not in known:
         raise unknown("gpu", name, sorted([*known, "here"]))
@@ -86,17 +86,17 @@ def table(hardware_file: str | None = None) -> dict[str, dict[str, Any]]:
     return known
 
 
-def here(*, prices_file: str | None = None) -> Hardware:
+def here(*, hardware_file: str | None = None, prices_file: str | None = None) -> Hardware:
     """Return this rank's share of the machine it runs on.
 
     The rates of a CPU, and of a device that the files do not know, are measured once, in less than 50 ms.
     """
     import torch
 
+    known = table(hardware_file)
     if not torch.cuda.is_available():
-        return _measured(CPU, None)
+        return replace(_measured(CPU, None), dollars_per_hour=prices(prices_file).get(CPU))
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    known = table()
     name = next((name for name, entry in known.items() if _is(device.name, device.total_memory, entry)), None)
     if name is None:
         return _measured(str(device.name), int(device.total_memory))
@@ -105,7 +105,10 @@ def here(*, prices_file: str | None = None) -> Hardware:
 
 def _is(device: str, memory: int, entry: Mapping[str, Any]) -> bool:
     """Tell whether a device's own name is that of a machine: two of one name differ in memory."""
-    return str(entry["names"][0]).lower() in device.lower() and 0.8 < memory / (entry["memory_gib"] * GIB) < 1.2
+    try:
+        return str(entry["names"][0]).lower() in device.lower() and 0.8 < memory / (entry["memory_gib"] * GIB) < 1.2
+    except (KeyError, TypeError, IndexError):  # a user's own, not to be looked for here
+        return False
 
 
 def _made(name: str, entry: Mapping[str, Any], prices_file: str | None) -> Hardware:

@@ -42,11 +42,12 @@ def shape_of(
     head: Literal["lm", "score"] = "lm",
     in_4bit: Collection[int] = (),
     nested: bool = False,
+    stage: int | None = None,
 ) -> Shape:
     """Return the shape of `module` in a run of `precision`; it may lie on the meta device, or in an engine.
 
     Parameters that ZeRO-3 has split count whole, tied ones once. `in_4bit` are the ids of parameters that will be
-    stored in 4 bits, `nested` tells that their scales are quantised too.
+    stored in 4 bits, `nested` tells that their scales are quantised too. Layers are weighed for a ZeRO `stage`, or all.
     """
     config: Any = getattr(module, "config", None)
     text = config.get_text_config()
@@ -69,7 +70,7 @@ def shape_of(
         head=head,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()) + scales,
         tied=sum(math.prod(_whole(parameter)) for _, parameter in every) - sum(weight.size for weight in weights),
-        **blocks_of(module),
+        **blocks_of(module, stage),
     )
 
 
@@ -111,12 +112,13 @@ def meta_policy(
     value_source: Source | None = None,
     frozen_copy: str | None = None,
     rewards: Mapping[str, Source] | None = None,
+    stage: int | None = None,
 ) -> tuple[Any, Shape]:
     """Return the module that an engine would train for `recipe`, without its weights, and its shape.
 
     `source` is what the policy starts from, `value_source` what a value model of its own does where that is another,
     `frozen_copy` the name of the frozen copy of a stored adapter that serves as reference, `rewards` the adapters of
-    reward models that share the policy's base, by role.
+    reward models that share the policy's base, by role; `stage` is the only ZeRO stage that matters, if one is named.
     """
     fields = config.model
     loading = _loading(config, precision)
@@ -132,7 +134,8 @@ def meta_policy(
     if _without_dropout(config):
         load.disable_dropout(policy)  # it would keep masks for the backward
     nested = fields.use_bnb_nested_quant
-    return policy, shape_of(policy, source.name, precision, head=recipe.head, in_4bit=small, nested=nested)
+    told: dict[str, Any] = {"head": recipe.head, "in_4bit": small, "nested": nested, "stage": stage}
+    return policy, shape_of(policy, source.name, precision, **told)
 
 
 def meta_frozen(

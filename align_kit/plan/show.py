@@ -25,16 +25,10 @@ SHOWN = 4  # components named in a line
 RUNNERS_UP = 2
 # The moments of `plan.peak` in words.
 MOMENTS = {
-    "forward": "in the forward",
-    "head": "at the LM head",
-    "backward": "in the backward",
-    "reduce": "reducing gradients",
-    "step": "in the update",
-    "reference": "while the reference computes",
-    "rollout": "writing",
-    "score": "scoring",
-    "save": "saving",
-}
+    "forward": "in the forward", "head": "at the LM head", "backward": "in the backward",
+    "reduce": "reducing gradients", "step": "in the update", "reference": "while the reference computes",
+    "rollout": "writing", "score": "scoring", "save": "saving",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,10 @@ def _way_out(choice: Choice, limits: Limits) -> str:
         return f"it fits with {choice.smallest.words()} ({gib(device)})"
     if choice.ranks is not None:
         return f"it fits on {choice.ranks} such ranks"
-    return "nothing that keeps its results makes it fit: train an adapter (use_peft), or a smaller model"
+    run = choice.configured.plan.run
+    in_few_bits = any(weight.element_bytes is not None for weight in run.policy.weights)
+    other = "an adapter (use_peft), or " if not run.use_peft else "on a base in 4 bits (load_in_4bit), or "
+    return f"nothing that keeps its results makes it fit: train {'' if in_few_bits else other}a smaller model"
 
 
 # --- the whole answer -------------------------------------------------------------------------------------------------

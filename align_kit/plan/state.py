@@ -68,9 +68,14 @@ def moved_out(run: Run) -> State:
     if run.engine.offload_param == "nvme":
         found["swap buffers"] += NVME_PARAMETERS * run.engine.element_bytes
     for held in run.frozen if run.engine.offload_param != "nvme" else ():
-        if held.shape is not None and _is_sharded(held, run) and _moves(held, run):
-            found[held.role] = _shards(held.shape, run)
+        found[held.role] += moved_shards(held, run)
     return _named(found)
+
+
+def moved_shards(held: Held, run: Run) -> int:
+    """Return the bytes of a rank's shards of a frozen model where these lie off its device, else 0."""
+    moved = held.shape is not None and _is_sharded(held, run) and _moves(held, run)
+    return _shards(held.shape, run) if moved and held.shape is not None else 0
 
 
 def host(run: Run) -> State:
@@ -104,7 +109,8 @@ def _weights(shape: Shape, run: Run) -> int:
     if run.engine.stage < 3:
         padding = sum(_flat(group, run) - _elements(group) for group in groups(shape)) if run.engine.stage else 0
         return round(_whole(shape.weights, run)) + padding * run.engine.element_bytes
-    return _resident(shape, run) + (0 if run.engine.offload_param != "none" else _shards(shape, run))
+    moved = run.engine.offload_param != "none"
+    return _resident(shape, run, moved=moved) + (0 if moved else _shards(shape, run))
 
 
 def _stored(weight: Weight, run: Run) -> float:
@@ -124,8 +130,13 @@ def _shards(shape: Shape, run: Run) -> int:
     return round(sum(shards)) * run.engine.element_bytes
 
 
-def _resident(shape: Shape, run: Run) -> int:
-    """Return the bytes of what ZeRO-3 keeps gathered: parameters up to the persistence threshold."""
+def _resident(shape: Shape, run: Run, *, moved: bool) -> int:
+    """Return the bytes of what ZeRO-3 keeps gathered: parameters up to the persistence threshold.
+
+    One rank's shards are whole, and nothing is copied to gather them unless they were moved off the device.
+    """
+    if run.world_size == 1 and not moved:
+        return 0
     small = (weight for weight in shape.weights if _stored(weight, run) <= run.engine.persistence_threshold)
     return round(_whole(small, run))
 
@@ -136,8 +147,9 @@ def _held(held: Held, run: Run) -> int:
         return 0
     if not _is_sharded(held, run):
         return round(_whole(held.shape.weights, run)) + held.shape.buffers
-    shards = 0 if _moves(held, run) else _shards(held.shape, run)
-    return shards + _resident(held.shape, run) + held.shape.buffers
+    moved = _moves(held, run)
+    shards = 0 if moved else _shards(held.shape, run)
+    return shards + _resident(held.shape, run, moved=moved) + held.shape.buffers
 
 
 def _is_sharded(held: Held, run: Run) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from align_kit.plan.facts import Run
 from align_kit.plan.hardware import Hardware
+from align_kit.plan.state import moved_shards
 from align_kit.plan.traffic import Traffic
 from align_kit.plan.work import Work
 
@@ -52,10 +53,10 @@ class Time:
 
     @property
     def bound(self) -> str:
-        """What a step waits for most: "compute", "link", "offload" or "generation"."""
+        """What takes most of a step, be it hidden or not: "compute", "link", "offload" or "generation"."""
         parts = {
             "compute": self.compute,
-            "link": self.exposed,
+            "link": self.link,
             "offload": self.offload,
             "generation": self.generation,
         }
@@ -109,7 +110,15 @@ def _offload(run: Run, hardware: Hardware) -> float:
     if run.engine.offload_param != "none":
         shards = run.policy.size / run.world_size * run.engine.element_bytes
         seconds += 2 * run.accumulation * shards / hardware.host_link
-    return seconds
+    return seconds + _fetched(run) / hardware.host_link
+
+
+def _fetched(run: Run) -> float:
+    """Return the bytes of frozen models that come from the host in a step: each shard once for each forward."""
+    forwards: float = run.accumulation * (2 if run.phase == "kto" else 1)  # by its reference the baseline's, too
+    if run.rollout is not None:
+        forwards = -(-run.rollout.completions // run.rollout.score_batch_size) / run.rollout.steps
+    return forwards * sum(moved_shards(held, run) for held in run.frozen)
 
 
 def _generation(run: Run, hardware: Hardware) -> float:

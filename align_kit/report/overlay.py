@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align_kit import log, run_folder
-from align_kit.errors import UserError
+from align_kit.errors import UserError, first_line
 from align_kit.report import plots, run_page
 from align_kit.report.curves import EVAL, FIRST, MACHINE_CURVES, Curve, base, beside
 from align_kit.report.page import Page
@@ -28,11 +28,22 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help=where)
     given = parser.parse_args(list(argv))
     records = [read(place) for folder in given.folders for place in _runs_in(folder)]
+    return _told(records, given.output)
+
+
+def _told(records: Sequence[Record], output: Path | None) -> int:
     alone = len(records) == 1
-    output = given.output or (records[0].folder if alone else Path()) / run_folder.REPORT
+    output = output or (records[0].folder if alone else Path()) / run_folder.REPORT
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another page")
-    made = run_page.page(records[0]) if alone else overlay(_named(records))
+    try:
+        made = run_page.page(records[0]) if alone else overlay(_named(records))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # files that no run wrote, or not all of them
+        places = ", ".join(str(record.folder) for record in records)
+        raise UserError(
+            f"{places}: {run_folder.MANIFEST} or {run_folder.METRICS} is not as a run writes it "
+            f"({type(error).__name__}: {first_line(error)}); leave that folder out"
+        ) from None
     log.say(f"report: {made.write(output)} ({len(records)} run{'s' * (not alone)})")
     return 0
 

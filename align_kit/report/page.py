@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import re
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align_kit.errors import UserError
 from align_kit.report import plots
 from align_kit.report.style import CSS, PICTURE
 
@@ -126,7 +128,10 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page and its named pictures, each whole or not at all, and return where the page is."""
+        """Write the page and its named pictures, each whole or not at all, and return where the page is.
+
+        Raises `UserError` where they cannot lie.
+        """
         path = Path(path)
         for name, drawn in self._pictures.items():
             _write(path.with_name(f"{name}.svg"), drawn)
@@ -139,8 +144,11 @@ def _write(path: Path, text: str) -> None:
     try:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:

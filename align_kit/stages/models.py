@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align_kit import frozen as frozen_models
-from align_kit import zero
+from align_kit import log, run_folder, zero
 from align_kit.config import Config
 from align_kit.data.prepare import Prepared
 from align_kit.errors import UserError
@@ -43,6 +43,8 @@ def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any)
             "use_peft needs a model to adapt, and this run would start from random weights that nobody keeps; give "
             "model_name_or_path, or run the phase before"
         )
+    if start.source.is_adapter:
+        _warn_of_bits(start, in_4bit=fields.use_peft and fields.load_in_4bit)
     overrides = fields.config_overrides if isinstance(fields.config_overrides, dict) else None
     ending = {"head": recipe.head, "pad_token_id": words.pad_token_id}
     loading = {**_loading(config, args), **ending, "overrides": overrides}
@@ -55,6 +57,19 @@ def _policy(recipe: Recipe, start: Start, words: Any, config: Config, args: Any)
         copy = frozen_models.REFERENCE_ADAPTER if "reference" in recipe.needs else None
         return lora.load_adapter(base, start.source, head=recipe.head, frozen_copy=copy)
     return lora.add_lora(base, fields, head=recipe.head)
+
+
+def _warn_of_bits(start: Start, *, in_4bit: bool) -> None:
+    """Say so where an adapter goes on upon its base in another form than the one it was trained on."""
+    owner = run_folder.read_manifest(frozen_models.of_run(start.source.folder))
+    if owner is None or bool(owner.get("config", {}).get("load_in_4bit")) == in_4bit:
+        return
+    forms = ("in full precision", "in 4 bits")
+    then, now = forms[not in_4bit], forms[in_4bit]
+    log.warn(
+        f"the adapter {start.source.name} was trained on its base {then}, which is {now} in this run: its outputs "
+        "begin a little off those it was trained to; load_in_4bit with use_peft says which"
+    )
 
 
 def _with_values(policy: Any, start: Start, words: Any, config: Config, args: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -267,8 +267,8 @@ def _worked_out(
     device = hardware.here()
     try:
         return _weighed(recipe, config, engine, start, words, rows, batch, home, limits, device)
-    except UserError:
-        raise
+    except UserError as error:  # for all ranks to end by together
+        return Planned(None, limits, device), str(error)
     except Exception as error:
         return Planned(None, limits, device, f"{type(error).__name__}: {first_line(error, scrubbed)}"), None
 
@@ -285,19 +285,21 @@ def _weighed(
     limits: Limits,
     device: Hardware,
 ) -> tuple[Planned, str | None]:
-    site = describe.Site(engine.config, cast(Precision, engine.precision), batch, _nodes(batch))
+    site = describe.Site(engine.config, cast(Precision, engine.precision), batch, _nodes(batch), settled=True)
     recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
-    data = sampled.known(recipe, config, rows.train.rows, words)
+    data = sampled.known(recipe, config, rows.train.rows, words, batch.global_batch)
     free = None if limits.one else limits.device
-    found = described(
-        recipe, config, start.source, data, site, find=lambda name, option: source.resolve(name, option=option),
+    tell = partial(
+        described, recipe, config, start.source, data, find=lambda name, option: source.resolve(name, option=option),
         free=free, recorded=recorded,
     )  # fmt: skip
+    found = tell(site)
     plan = plan_of(found.run, device)
     made = Planned(plan, limits, device)
     if config.run.force or limits.fits(found.run, plan.memory):
         return made, None
-    ways = choice(recipe, config, found, site, device, limits)
+    site = replace(site, settled=False)  # another way may take another stage
+    ways = choice(recipe, config, tell(site), site, device, limits)
     return made, show.refusal(ways, limits, start.source.name)
 
 
@@ -308,8 +310,8 @@ def _free() -> Limits:
 
     host = psutil.virtual_memory().available
     if torch.cuda.is_available():
-        device, host = min(gather((torch.cuda.mem_get_info()[0], host)))
-        return Limits(device, host)
+        devices, hosts = zip(*gather((torch.cuda.mem_get_info()[0], host)), strict=True)
+        return Limits(min(devices), min(hosts))
     return Limits(min(gather(host // machine.local_world_size())), host, one=True)
 
 

@@ -13,41 +13,48 @@ from align_kit.config import Config
 from align_kit.data.balance import row_tokens
 from align_kit.errors import UserError
 from align_kit.models.source import Source
-from align_kit.plan.batches import Row, invented_rows
+from align_kit.plan.batches import DRAWN, Row, invented_rows
 from align_kit.plan.describe import Asked, Data, asked
 from align_kit.registry import Recipe
 from align_kit.stages.beginning import Start, tokenizer
 from align_kit.stages.data import token_options
 
-SAMPLE = 512  # rows
+SAMPLE = 512  # rows, or those of a step where it takes more: a row that comes twice in a step computes less
 FULL = 64  # rows of full length, where none can be read
 SEED = 20240501
 MAX_LENGTH = 1024  # tokens, where neither data nor configuration says how long rows are
 
 
-def known(recipe: Recipe, config: Config, rows: Any, words: Any) -> Data:
-    """Return what a plan reads of a run's tokenised training rows."""
+def known(recipe: Recipe, config: Config, rows: Any, words: Any, step: int) -> Data:
+    """Return what a plan reads of a run's tokenised training rows; a step takes `step` of them."""
     collate = _collate(recipe, config, words)
-    if len(rows) <= SAMPLE:
+    few = _few(step)
+    if len(rows) <= few:
         return Data([dict(row) for row in rows], collate)
     longest = dict(rows[int(row_tokens(rows).argmax())])
-    return Data([dict(row) for row in rows.select(_places(len(rows)))], collate, longest)
+    return Data([dict(row) for row in rows.select(_places(len(rows), few))], collate, longest)
 
 
-def sample(recipe: Recipe, config: Config, start: Source) -> tuple[Data, int | None]:
+def sample(recipe: Recipe, config: Config, start: Source, step: int) -> tuple[Data, int | None]:
     """Return a tokenised sample of the data that `config` names, and how many rows it would make in all.
+
+    A step takes `step` rows.
 
     Rows of full length, and None, where the data or the model's words are not here: a note of the data says so.
     """
     try:
         words = tokenizer(Start(start, "", "", _words(config, start)), config)
-        rows, count = _tokenised(recipe, config, words)
+        rows, count = _tokenised(recipe, config, words, _few(step))
     except UserError as reason:
         return _full(recipe, config, str(reason)), None
-    return known(recipe, config, rows, words), count
+    return known(recipe, config, rows, words, step), count
 
 
-def _tokenised(recipe: Recipe, config: Config, words: Any) -> tuple[Any, int]:
+def _few(step: int) -> int:
+    return max(SAMPLE, min(step, DRAWN))
+
+
+def _tokenised(recipe: Recipe, config: Config, words: Any, most: int) -> tuple[Any, int]:
     from align_kit.data.load import load
     from align_kit.data.tokenise import tokenise
 
@@ -55,8 +62,8 @@ def _tokenised(recipe: Recipe, config: Config, words: Any) -> tuple[Any, int]:
     specs = [entry.spec() for entry in config.data.datasets]
     loaded = load(specs, phase=recipe.name, seed=config.value("seed") if seed is None else seed)
     few = loaded.dataset
-    if len(few) > SAMPLE:
-        few = few.select(_places(len(few)))
+    if len(few) > most:
+        few = few.select(_places(len(few), most))
     cache = run_folder.cache_folder(os.environ)
     rows, report = tokenise(few, loaded.kind, words, token_options(recipe, config), cache)
     rows = recipe.trainer_class().complete(rows, Asked(config))
@@ -70,10 +77,10 @@ def _words(config: Config, start: Source) -> Source:
     return source.resolve(named, random=True, option="tokenizer_name") if named else start
 
 
-def _places(count: int) -> list[int]:
+def _places(count: int, few: int) -> list[int]:
     import numpy as np
 
-    return sorted(np.random.default_rng(SEED).choice(count, SAMPLE, replace=False).tolist())
+    return sorted(np.random.default_rng(SEED).choice(count, few, replace=False).tolist())
 
 
 def _full(recipe: Recipe, config: Config, reason: str) -> Data:
@@ -82,8 +89,14 @@ def _full(recipe: Recipe, config: Config, reason: str) -> Data:
     note = f"the data cannot be read here ({reason}): every row is taken to be {length} tokens long"
     if recipe.writes:
         length -= config.value(recipe.writes)
-    rows = invented_rows(PHASE_KINDS[recipe.name][0], FULL, max(2, length))
-    return Data(rows, _collate(recipe, config, SimpleNamespace(pad_token_id=0)), notes=(note,))
+    kind, length = PHASE_KINDS[recipe.name][0], max(2, length)
+    collate = _collate(recipe, config, SimpleNamespace(pad_token_id=0))
+
+    def anew(rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Return a batch of as many rows that share nothing: a large step takes those there are many times."""
+        return collate(invented_rows(kind, len(rows), length))
+
+    return Data(invented_rows(kind, FULL, length), collate if recipe.writes else anew, notes=(note,))
 
 
 def _collate(recipe: Recipe, config: Config, words: Any) -> Callable[[Sequence[Row]], Mapping[str, Any]]:

@@ -113,7 +113,7 @@ def _dtype(trainer: Any) -> Any:
 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Return the greedy answers of a model on the CPU to prompts of tokens."""
+    """Return the greedy answers of a model, wherever it lies, to prompts of tokens."""
     import torch
     from transformers import GenerationConfig
 
@@ -128,8 +128,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> li
     # Under ZeRO-3 `generate` would wait for the other ranks, which answer nothing.
     with load.plain_transformers(), torch.inference_mode():
         ids_BT = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
+            **{name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")},
             generation_config=asked,
             **moe.generating(model),
         )

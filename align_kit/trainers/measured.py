@@ -204,7 +204,7 @@ def _kinds(trainer: Any) -> Iterator[tuple[str, Iterator[Tensor]]]:
     yield "moments", moments_of(optimizer)
     yield "gradients", _gradients(module, optimizer)
     yield "engine", _tensors(vars(optimizer), set())
-    yield "buffers", iter(module.buffers())
+    yield "buffers", _buffers(module)
     for role, held in trainer.frozen.items():
         if held.model is not None:
             yield role, _everything(bare(held.model))
@@ -217,9 +217,19 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
             yield shard
 
 
+def _buffers(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers, and what weights in 4 bits are scaled by, which stays whole on each rank."""
+    yield from module.buffers()
+    for parameter in module.parameters():
+        scales = getattr(parameter, "quant_state", None)
+        while scales is not None:  # scales may be in 8 bits themselves, with scales of their own
+            yield from _tensors(vars(scales), set())
+            scales = scales.state2
+
+
 def _everything(module: nn.Module) -> Iterator[Tensor]:
     yield from _weights(module)
-    yield from module.buffers()
+    yield from _buffers(module)
 
 
 def _gradients(module: nn.Module, optimizer: Any) -> Iterator[Tensor]:

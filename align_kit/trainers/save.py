@@ -121,9 +121,11 @@ def _is_stored(tensor: Tensor, name: str, stored: Mapping[str, Tensor]) -> bool:
 
 def _compare(reopened: Any, probe: Mapping[str, Tensor], live: Tensor) -> float:
     """Return the greatest difference of a logit between the re-opened model and the live one, within tolerance."""
-    dtype = next(reopened.parameters()).dtype
+    first = next(reopened.parameters())
+    dtype, device = first.dtype, first.device  # a base in 4 bits opens on the accelerator, where there is one
     with torch.no_grad():
-        logits = reopened(input_ids=probe["input_ids"], attention_mask=probe["attention_mask"]).logits.float()
+        batch = {name: probe[name].to(device) for name in ("input_ids", "attention_mask")}
+        logits = reopened(**batch).logits.float().cpu()
     gaps = (logits - live).abs()
     if gaps.dim() == 3:  # a language model's B, T, V: what stands on padding means nothing; a score is one for a row
         gaps = gaps[probe["attention_mask"].bool()]
