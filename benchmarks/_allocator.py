@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 MARK = "align_kit moment: "
 OUTSIDE = "outside"  # of every named moment
 TRAIN = "train"  # what is of a training and of no moment in it
-COUNTED = (TRAIN, "backward", "rollout", "save")  # where these begin, what is there is counted anew
+COUNTED = (TRAIN, "backward", "step", "rollout", "score", "save")  # where these begin, what is there is counted anew
+SETTLED = 0.02  # s in which no tensor may go, for threads that carry collectives to have let go of theirs
 COLLECTIVE = "collective"  # no moment of its own: what it allocates counts where it is called
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather", "reduce", "broadcast")
 
@@ -107,6 +109,7 @@ class Event:
     thread: int = 0
     moment: str = ""
     turn: int = 0  # +1 where the moment begins, -1 where it ends
+    there: Mapping[int, int] | None = None  # where a counted moment begins: bytes by place
 
 
 @contextmanager
@@ -121,22 +124,25 @@ def on_cpu(seen: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
     activities = {ProfilerActivity.CPU}
     torch.autograd._prepare_profiler(settings, activities)
     torch.autograd._enable_profiler(settings, activities, {RecordScope.USER_SCOPE})
-    there: list[int] = []
+    counts: list[dict[int, int]] = []
 
     def named(moment: str) -> Any:
         if moment in COUNTED:
-            there.append(tensor_bytes())
+            counts.append(settled())
         return record_function(MARK + moment)
 
     try:
         yield named
     finally:
         found = torch.autograd._disable_profiler()
-    seen.update(summed(events_of(found.experimental_event_tree()), there))
+    seen.update(summed(events_of(found.experimental_event_tree(), counts)))
 
 
-def events_of(tree: Any) -> list[Event]:
-    """Return the events of a profiler's tree, in order, with the releases that it does not see."""
+def events_of(tree: Any, counts: Sequence[Mapping[int, int]] = ()) -> list[Event]:
+    """Return the events of a profiler's tree, in order, with the releases that it does not see.
+
+    `counts` tell what was there each time that one of `COUNTED` began.
+    """
     found: list[Event] = []
     waiting = list(tree)
     while waiting:
@@ -149,6 +155,8 @@ def events_of(tree: Any) -> list[Event]:
             named: dict[str, Any] = {"moment": event.name.removeprefix(MARK), "thread": event.start_tid}
             found += [Event(begin, turn=1, **named), Event(end, turn=-1, **named)]
     found.sort(key=lambda event: event.time)
+    known = iter(counts)
+    found = [replace(e, there=next(known)) if e.turn > 0 and e.moment in COUNTED else e for e in found]
     return sorted([*found, *releases_unseen(found)], key=lambda event: event.time)
 
 
@@ -156,7 +164,8 @@ def releases_unseen(events: Sequence[Event]) -> Iterator[Event]:
     """Yield the releases by threads that the profiler does not follow.
 
     Such is a buffer of a collective, released by the thread that carried it out: it goes with the collective, or at
-    once where that thread has taken it, too. And whatever lay where something else comes to lie.
+    once where that thread has taken it, too. And whatever lay where something else comes to lie, unless it was known
+    to be gone when all was counted anew.
     """
     ends = [event.time for event in events if event.moment == COLLECTIVE and event.turn < 0]
     main = {event.thread for event in events if event.moment}
@@ -164,6 +173,8 @@ def releases_unseen(events: Sequence[Event]) -> Iterator[Event]:
     collectives = 0
     for event in events:
         collectives += event.turn if event.moment == COLLECTIVE else 0
+        if event.there is not None:
+            there = {place: one for place, one in there.items() if place in event.there}
         if not event.place:
             continue
         before, until = there.pop(event.place, (None, 0))
@@ -177,19 +188,15 @@ def releases_unseen(events: Sequence[Event]) -> Iterator[Event]:
             yield Event(until, -event.size, event.place)
 
 
-def summed(events: Sequence[Event], there: Sequence[int] = ()) -> dict[str, Any]:
-    """Return the `peaks` of moments and what `lived` when each began for the last time; the innermost one counts.
-
-    `there` are the bytes that were there each time that one of `COUNTED` began.
-    """
-    live, within, known = 0, [OUTSIDE], iter(there)
+def summed(events: Sequence[Event]) -> dict[str, Any]:
+    """Return the `peaks` of moments and what `lived` when each began for the last time; the innermost one counts."""
+    live, within = 0, [OUTSIDE]
     peaks: dict[str, int] = {}
     lived: dict[str, int] = {}
     for event in events:
         live += event.size
         if event.turn > 0 and event.moment != COLLECTIVE:
-            if event.moment in COUNTED:
-                live = next(known, live)
+            live = live if event.there is None else sum(event.there.values())
             within.append(event.moment)
             lived[event.moment] = live
         elif event.turn < 0 and event.moment != COLLECTIVE:
@@ -198,8 +205,25 @@ def summed(events: Sequence[Event], there: Sequence[int] = ()) -> dict[str, Any]
     return {"peaks": peaks, "lived": lived}
 
 
-def tensor_bytes() -> int:
-    """Return the bytes of all tensors on the CPU that Python knows of, and of their gradients, each storage once."""
+def settled() -> dict[int, int]:
+    """Return `tensors_there` once nothing goes any more.
+
+    A thread that carried a collective holds what it sent until it gets hold of the interpreter; what cycles of
+    references hold goes when Python's collector comes round. When either happens is chance, and no memory of a moment.
+    """
+    import gc
+
+    gc.collect()
+    found = tensors_there()
+    while True:
+        time.sleep(SETTLED)
+        before, found = found, tensors_there()
+        if before.keys() <= found.keys():
+            return found
+
+
+def tensors_there() -> dict[int, int]:
+    """Return the tensors on the CPU that Python knows of, and their gradients: bytes by place, each storage once."""
     import gc
 
     import torch
@@ -208,7 +232,7 @@ def tensor_bytes() -> int:
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [tensor.untyped_storage() for tensor in [*tensors, *gradients] if tensor.device.type == "cpu"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 # --- on CUDA --------------------------------------------------------------------------------------------------

@@ -5,18 +5,24 @@ from __future__ import annotations
 import gc
 import json
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align_kit.cards import PHASE_KINDS
+from align_kit.plan import peak
+from align_kit.plan.batches import micro_of
+from align_kit.plan.facts import Micro, Run
+from align_kit.plan.state import persistent
 from align_kit.resources import folder
 from tests.small import SETTINGS, make_tokenizer, sentence, write_rows
 
 STEPS = 4  # without rollouts; the first is left out of traffic
 ITERATIONS = 3  # with
 ROWS = 48
+OF_A_MICRO_BATCH = ("forward", "head", "reference", "backward", "reduce")  # moments of the planner
 CHOICES = ("forward", "reference_placement", "rollout_placement")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -77,6 +83,8 @@ def drawn(draw: random.Random) -> Case:
         options |= {"use_peft": True, "lora_r": draw.choice([2, 4, 16]), "lora_dropout": 0.0}
     if phase in ("dpo", "kto") and draw.random() < 0.6:
         options["reference_placement"] = draw.choice(["sharded", "quantised", "cached"])
+        if family == "gpt2" and options["reference_placement"] == "quantised":
+            options["reference_placement"] = "sharded"  # its layers are none of torch's, and none is stored in int8
     scorer = phase == "ppo" and draw.random() < 0.5
     options |= _online(draw, options) if phase == "ppo" else {"max_steps": STEPS}
     return Case(phase, family, _model(draw, family), draw.choice([1, 2, 4]), options, scorer)
@@ -177,10 +185,83 @@ def _row(case: Case, draw: random.Random) -> dict[str, Any]:
 
 
 def watched(argv: list[str], report: str) -> int:
-    """Run `align-kit argv…` and write to `report`.<rank> what its allocator did and what it held in the end."""
+    """Run `align-kit argv…` and write to `report`.<rank> what its allocator did and what it held in the end.
+
+    "drawn" is what the planner says of the micro-batches and prompts this rank really had: bytes by moment.
+    """
     from benchmarks._allocator import run_watched
 
-    return run_watched(argv, report, "benchmarks._planned:held")
+    with noting():
+        return run_watched(argv, report, "benchmarks._planned:held")
+
+
+@dataclass
+class Had:
+    """What a rank had to compute: the run as it was planned, its micro-batches, and its longest prompt.
+
+    `early` are those of the first optimizer step, before which the optimizer has no moments; at the very first ZeRO-3
+    has not learnt the order of the modules, and fetches nothing ahead (DeepSpeed 0.19.8: `is_complete_trace`).
+    """
+
+    run: Run | None = None
+    early: list[Micro] = field(default_factory=list)
+    micros: set[Micro] = field(default_factory=set)
+    longest_prompt: int = 0
+
+    def moments(self) -> dict[str, int]:
+        """Return what the planner says of it: bytes beside the state, by moment."""
+        assert self.run is not None
+        run = self.run
+        if run.rollout is not None:
+            run = replace(run, rollout=replace(run.rollout, longest_prompt=self.longest_prompt))
+        untraced = replace(run, engine=replace(run.engine, prefetch_bucket=0))
+        lacking = persistent(run).get("moments", 0)
+        each = [(replace(run, worst=micro), 0) for micro in self.micros]
+        each += [(replace(run if n else untraced, worst=micro), lacking) for n, micro in enumerate(self.early)]
+        most: dict[str, int] = {}
+        for one, less in each:
+            for name, parts in peak.moments(one).items():
+                size = sum(parts.values()) - (less if name in OF_A_MICRO_BATCH else 0)
+                most[name] = max(most.get(name, size), size)
+        return most
+
+
+had = Had()
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Note in `had` what this rank has to compute."""
+    from align_kit import stages
+    from align_kit.trainers.base import PhaseTrainer
+    from align_kit.trainers.rollout import LocalWriter
+
+    plan, step, write = stages.planned, PhaseTrainer.training_step, LocalWriter.write
+    vars(had).update(vars(Had()))
+
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        made = plan(*args, **kwargs)
+        had.run = made.plan.run
+        return made
+
+    def training_step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        assert had.run is not None
+        micro = micro_of(inputs, had.run.forward, had.run.policy.head == "score")
+        if trainer.state.global_step:
+            had.micros.add(micro)
+        else:
+            had.early.append(micro)
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    def written(writer: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        had.longest_prompt = max(had.longest_prompt, *map(len, prompts))
+        return write(writer, prompts, *args, **kwargs)
+
+    stages.planned, PhaseTrainer.training_step, LocalWriter.write = planned, training_step, written  # type: ignore
+    try:
+        yield
+    finally:
+        stages.planned, PhaseTrainer.training_step, LocalWriter.write = plan, step, write  # type: ignore
 
 
 def held(trainer: Any) -> dict[str, Any]:
@@ -197,4 +278,4 @@ def held(trainer: Any) -> dict[str, Any]:
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return {"state": state, "other": sum(storages.values()) - sum(state.values())}
+    return {"state": state, "other": sum(storages.values()) - sum(state.values()), "drawn": had.moments()}

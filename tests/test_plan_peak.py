@@ -23,7 +23,7 @@ from align_kit.plan import peak as peaks
 from align_kit.plan.activations import block_for, blocks_of, by_numbers
 from align_kit.plan.facts import Block, EngineFacts, Held, Micro, Rollout, Run, Shape, Weight
 from align_kit.plan.peak import moments
-from benchmarks._allocator import COLLECTIVE, TRAIN, Event, on_cpu, releases_unseen, summed, tensor_bytes
+from benchmarks._allocator import COLLECTIVE, TRAIN, Event, on_cpu, releases_unseen, settled, summed
 from tests.harness import Ranks
 from tests.small import SETTINGS, SIZES, make_rows, words, write_model, write_rows
 
@@ -76,6 +76,20 @@ def test_a_layer_by_numbers_is_near_a_weighed_one() -> None:
     shape = llama_shape()
     assert by_numbers(shape, "fp32").saved == pytest.approx(blocks_of(model)["block"].saved, rel=0.05)
     assert block_for(shape, 3, "fp32") == by_numbers(shape, "fp32")
+
+
+def test_only_the_block_of_a_stage_is_weighed_where_one_is_named() -> None:
+    """Some parameters trained and others not, so that the two differ; of a frozen model nothing is kept."""
+    model = built("llama", "meta")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(False)
+    both = blocks_of(model)
+    assert both["block"] != both["sharded_block"]
+    assert blocks_of(model, stage=2) == {"block": both["block"]}
+    assert blocks_of(model, stage=3) == {"sharded_block": both["sharded_block"]}
+    frozen = blocks_of(model.requires_grad_(False), stage=3)
+    assert frozen["block"] == frozen["sharded_block"]
+    assert frozen["block"].forward == both["block"].forward and frozen["block"].saved == 0
 
 
 def test_a_model_with_weights_is_not_weighed() -> None:
@@ -211,7 +225,7 @@ def test_a_training_begins_with_the_tensors_that_are_there() -> None:
     seen: dict[str, Any] = {}
     loaded: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: loaded.append(torch.empty(1_000)))
-    before = tensor_bytes()
+    before = sum(settled().values())
     with on_cpu(seen) as moment:
         thread.start()
         thread.join()
@@ -227,6 +241,14 @@ def test_what_another_thread_releases_is_found_out() -> None:
     events = sorted([*events, Event(3, 8, place=1), Event(7, 4, place=2), Event(9, 4, place=2)], key=lambda e: e.time)
     assert [(event.time, event.size) for event in releases_unseen(events)] == [(8, -4), (5, -8)]
     assert summed(sorted([*events, *releases_unseen(events)], key=lambda e: e.time))["peaks"]["a"] == 8
+
+
+def test_what_was_gone_when_all_was_counted_is_not_released_once_more() -> None:
+    """Of 8 bytes that another thread released, and 4 that lie there later; 2 others are there all the time."""
+    counted = Event(5, moment=TRAIN, turn=1, there={9: 2})
+    events = [Event(0, moment="a", turn=1), Event(1, 8, place=1), Event(2, 2, place=9), counted, Event(7, 4, place=1)]
+    assert not list(releases_unseen(events))
+    assert summed(events)["peaks"] == {"a": 10, TRAIN: 6}
 
 
 def test_a_release_by_another_thread_is_not_seen_by_the_profiler() -> None:

@@ -23,21 +23,24 @@ MOST = 2_000  # times its hidden state that a layer may take for a token; usual 
 NAME = "align_kit_weighed"  # of the attention that stands in for the real one
 
 
-def blocks_of(module: Any) -> dict[str, Block]:
+def blocks_of(module: Any, stage: int | None = None) -> dict[str, Block]:
     """Return `block` and `sharded_block` of a `Shape`, of a module that is on the meta device, in a run's precision.
 
     `module` is a transformers model, one with PEFT's adapters, or a policy and its value function, whose trunks are
     computed one after the other and kept together. Nothing is returned of one that has weights, or whose layers cannot
     run without data. Under ZeRO-3 every linear layer keeps its input, trained or not (DeepSpeed 0.19.8:
-    `runtime/zero/linear.py`).
+    `runtime/zero/linear.py`). Of the two blocks only that of a ZeRO `stage` is weighed where one is named.
     """
     parameters = list(module.parameters())
     if not all(parameter.is_meta for parameter in parameters):
         return {}
     try:
-        block = _block(module, keeps_inputs=False)
-        same = len({parameter.requires_grad for parameter in parameters}) == 1  # no input of a frozen one among others
-        return {"block": block, "sharded_block": block if same else _block(module, keeps_inputs=True)}
+        if len({parameter.requires_grad for parameter in parameters}) == 1:  # no input of a frozen one among others
+            return dict.fromkeys(("block", "sharded_block"), _block(module, keeps_inputs=False))
+        wanted = {"block": False, "sharded_block": True}
+        if stage is not None:
+            wanted = {name: sharded for name, sharded in wanted.items() if sharded == (stage == 3)}
+        return {name: _block(module, keeps_inputs=sharded) for name, sharded in wanted.items()}
     except Exception:  # whatever a model makes of tensors without data
         return {}
 
@@ -87,15 +90,17 @@ def _weighed(trunk: Any, layers: Any, tokens: int) -> dict[str, float]:
     with _scales()(trunk) as scales:
         with torch.no_grad(), _around(layers[-1], scales) as idle:
             width = trunk(**asked).last_hidden_state.untyped_storage().nbytes()
+        found: dict[str, float] = {"hidden": width, "forward": idle["highest"] + width}
+        if not any(parameter.requires_grad for parameter in trunk.parameters()):  # no backward, nothing is kept for it
+            return {**found, "saved": 0, "ends": 0, "backward": 0, "again": 0}
         with _around(layers[-1], scales) as layer:
             kept, backward = _differentiated(trunk, asked, scales)
         with _checkpointed(layers):
             again = _differentiated(trunk, asked, scales)[1]
     return {
+        **found,
         "saved": layer["stays"],
-        "hidden": width,
         "ends": kept - len(layers) * layer["stays"],
-        "forward": idle["highest"] + width,
         "backward": backward,
         "again": again,
     }

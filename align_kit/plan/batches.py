@@ -65,19 +65,7 @@ class Batches:
 
     def micro(self, rows: Sequence[Row]) -> Micro:
         """Return what computing `rows` as one micro-batch takes."""
-        batch = self.collate(rows)
-        count, longest = batch["input_ids"].shape
-        given = int(batch["attention_mask"].sum())
-        if self.mode == "plain":
-            tokens = count * longest
-            read = count if self.whole else tokens
-            return Micro(count, tokens, read, count * _causal(longest), longest, given)
-        pack = _pack(batch, share=self.mode == "shared", whole=self.whole)
-        predicted = count if self.whole else len(pack.at_P)
-        segments = pack.segments.items
-        pairs = sum(one.length * one.prefix + _causal(one.length) for one in segments)
-        deepest = max(one.prefix + one.length for one in segments)
-        return Micro(count, pack.segments.total, predicted, pairs, deepest, given)
+        return micro_of(self.collate(rows), self.mode, self.whole)
 
     def _work(self, rows: Sequence[Row]) -> int:
         lengths = [_length(row) for row in rows]
@@ -121,6 +109,22 @@ class Batches:
             groups = [Group(items, _length(prompts[number])) for number, items in of_prompt.items()]
             for items in deal([length] * step, per_device, self.world_size, groups):
                 yield [_completed(prompts[places[item] // each], places[item], length) for item in items]
+
+
+def micro_of(batch: Batch, mode: Mode, whole: bool) -> Micro:
+    """Return what computing a padded batch takes: see `Batches` for `mode` and `whole`."""
+    count, longest = batch["input_ids"].shape
+    given = int(batch["attention_mask"].sum())
+    if mode == "plain":
+        tokens = count * longest
+        read = count if whole else tokens
+        return Micro(count, tokens, read, count * _causal(longest), longest, given)
+    pack = _pack(batch, share=mode == "shared", whole=whole)
+    predicted = count if whole else len(pack.at_P)
+    segments = pack.segments.items
+    pairs = sum(one.length * one.prefix + _causal(one.length) for one in segments)
+    deepest = max(one.prefix + one.length for one in segments)
+    return Micro(count, pack.segments.total, predicted, pairs, deepest, given)
 
 
 def _completed(prompt: Row, number: int, length: int) -> Row:

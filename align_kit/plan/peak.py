@@ -58,7 +58,9 @@ def _begin(run: Run, device: str) -> Parts:
 def _head(run: Run, device: str) -> Parts:
     """A chunk of logits becomes their gradient; the head's own gradient is summed up in fp32."""
     weight = _head_weight(run.policy)
-    by_weight = FP32 * weight.size if weight and weight.trained and run.forward != "plain" else 0
+    # In fp32, beside each chunk's share, or the sum narrowed, in the run's own precision.
+    wide = FP32 + (run.engine.element_bytes if run.engine.precision != "fp32" else 0)
+    by_weight = wide * weight.size if weight and weight.trained and run.forward != "plain" else 0
     return {
         "activations": _kept(run),
         "head": _head_bytes(run, run.policy, run.worst, device, by_weight=by_weight),
@@ -236,9 +238,9 @@ def _gradients(run: Run, device: str) -> Flight:
     reduced, last = element * max(bucket * copies, 2 * others), element * max(bucket * copies, 2 * first)
     matrices = _matrices(run.policy)
     tied = element * matrices[0].size if len(matrices) == 1 and _head_weight(run.policy) in matrices else 0
-    pending = tied if tied and matrices[0].trained else 0  # the head's share, until the embedding's comes to it
+    pending = tied if tied and matrices[0].trained else 0  # the head's share, until it joins the embedding's: the last
     if engine.stage == 3:
-        return Flight(0, pending, pending + reduced, filled, pending + last)
+        return Flight(0, pending, pending + reduced, filled, last)
     buffers = element * engine.reduce_bucket * (2 if engine.overlap_comm else 1) if engine.contiguous_gradients else 0
     if engine.precision != "fp32":  # summed up in fp32
         reduced, last = reduced + FP32 * max(bucket, others), last + FP32 * max(bucket, first)
@@ -246,8 +248,8 @@ def _gradients(run: Run, device: str) -> Flight:
     before = (owned if engine.stage == 2 else element * trained + buffers) * again
     held = max(before, buffers + owned * again) + pending
     # By then, earlier gradients are in the buffers (ZeRO-1) or in the share that is kept (ZeRO-2).
-    ending = buffers + owned * (again and engine.stage == 2) + pending
-    return Flight(before, held, ending + reduced + owned, filled, ending + last + owned)
+    ending = buffers + owned * (again and engine.stage == 2)
+    return Flight(before, held, ending + pending + reduced + owned, filled, ending + last + owned)
 
 
 def _oversized(run: Run) -> tuple[int, int]:
@@ -308,19 +310,28 @@ def _working(run: Run, device: str) -> int:
 
 
 def _rollout(run: Run, rollout: Rollout) -> Parts:
-    """The policy writes: its weights whole, keys and values of a batch, and the last step's probabilities."""
+    """The policy writes: its weights whole, keys and values of a batch, and the last step's probabilities.
+
+    It takes most while it reads the prompts, or at the last token, when the keys and values are longest.
+    """
     shape, element = run.policy, run.engine.element_bytes
-    length = rollout.longest_prompt + rollout.response_tokens
     writers = min(rollout.batch_size, rollout.completions)
-    cached = writers * length * 2 * shape.kv_heads * shape.head_dim * element
-    spread = writers * length * 2 * shape.heads * shape.head_dim * element if shape.heads != shape.kv_heads else 0
+    token = writers * 2 * shape.kv_heads * shape.head_dim * element  # keys and values of a layer
+    spread = writers * 2 * shape.heads * shape.head_dim * element if shape.heads != shape.kv_heads else 0
     written = [w.size for w in shape.weights if not w.name.startswith(("value.", "value_head.", "reward_heads."))]
-    return {
-        "gathered": element * sum(written) if run.engine.stage == 3 and rollout.placement == "gathered" else 0,
-        "kv cache": cached * (shape.layers + 1) + spread,  # a layer's is copied to grow
-        "head": writers * shape.vocab * (3 * FP32 + 3 * FP64),  # tempered and as log p; summed up in fp64
-        "activations": _block(run, shape).forward * writers * rollout.longest_prompt,
+    length, forward = rollout.longest_prompt + rollout.response_tokens, _block(run, shape).forward * writers
+    reading: Parts = {
+        "kv cache": token * rollout.longest_prompt * shape.layers,
+        "activations": forward * rollout.longest_prompt,
     }
+    writing: Parts = {
+        "kv cache": length * (token * (shape.layers + 1) + spread),  # a layer's is copied to grow
+        "head": writers * shape.vocab * (3 * FP32 + 3 * FP64),  # tempered and as log p; summed up in fp64
+        "activations": forward,
+    }
+    gathered = element * sum(written) if run.engine.stage == 3 and rollout.placement == "gathered" else 0
+    most: Parts = max(reading, writing, key=lambda parts: sum(parts.values()))
+    return {"gathered": gathered, **most}
 
 
 def _score(run: Run, rollout: Rollout, device: str) -> Parts:
@@ -329,10 +340,11 @@ def _score(run: Run, rollout: Rollout, device: str) -> Parts:
     rows = min(rollout.score_batch_size, rollout.completions)
     micro = Micro(rows, rows * length, rows * rollout.response_tokens, rows * length * length / 2, length)
     shapes = [run.policy, *(held.shape for held in run.frozen if held.shape is not None)]
-    return {
-        "activations": max(_forward(run, shape, micro, device) for shape in shapes),
-        "gathered": sum(_ahead(run, shape) for shape in shapes),
-    }
+    # A change of role ends the engine's trace, and what was fetched for one role goes with it.
+    ways: list[Parts] = [
+        {"activations": _forward(run, shape, micro, device), "gathered": _ahead(run, shape)} for shape in shapes
+    ]
+    return max(ways, key=lambda parts: sum(parts.values()))
 
 
 def _save(run: Run, device: str) -> Parts:
