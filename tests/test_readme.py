@@ -24,6 +24,9 @@ COMMANDS = [line.strip() for line in re.findall(r"^    (\S.*)$", README, re.M) i
 LEFT_OUT = {
     "make demo": "takes minutes; tests/test_demo.py runs a smaller one",
     "make test": "is what runs this",
+    "make compare": "takes ten minutes; tests/test_compare_runs.py runs a smaller one",
+    "align-kit compare dpo --config my_dpo.yaml --vary lora_r=8,32,128": "many runs, as that",
+    "align-kit compare sft --config my_sft.yaml --arms full lora=recipes/lora.yaml --seeds 5": "many runs, as that",
     "accelerate launch --config_file ds_configs/launch_multinode.yaml --machine_rank 0 --main_process_ip 10.0.0.1 "
     "recipes/dpo.py": "needs a second machine",
     "align-kit launch --nnodes 2 --node_rank 0 --master_addr 10.0.0.1 --nproc_per_node 8 dpo": "needs a second machine",
