@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from align_kit import log, run_folder
-from align_kit.errors import first_line
+from align_kit.errors import UserError, first_line
 from align_kit.run_folder import RunFolder
 from align_kit.telemetry import spent
 
@@ -42,7 +42,8 @@ def _only_warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warn(f"{what} ({type(error).__name__}: {first_line(error)})")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        log.warn(f"{what} ({kind}{first_line(error)})")
 
 
 @contextmanager
