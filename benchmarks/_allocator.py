@@ -227,9 +227,12 @@ def tensors_there() -> dict[int, int]:
     import gc
 
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     # Of the type alone: to ask some objects of torch whether they are instances of anything makes them warn.
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # What only pretends to lie on a device takes nothing there.
+    kinds = ((thing, type(thing)) for thing in gc.get_objects())
+    tensors = [thing for thing, kind in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]
     gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [tensor.untyped_storage() for tensor in [*tensors, *gradients] if tensor.device.type == "cpu"]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -461,6 +461,8 @@ ELSEWHERE = ('File "/x/model.py", line 3 in forward',)
         ((7, 8), (ELSEWHERE, ELSEWHERE), (0,)),  # the further behind
         ((7, 6), (ELSEWHERE, IN_COLLECTIVE), (0,)),  # who waits for others does not hang
         ((7, 7), (IN_COLLECTIVE, ()), (1,)),  # no answer
+        ((7, 7), (ELSEWHERE, ()), (1,)),  # who answers lives
+        ((7, 7), ((), ()), (0, 1)),
         ((7, 7), (IN_COLLECTIVE, IN_COLLECTIVE), (0, 1)),
     ],
 )

@@ -21,7 +21,10 @@ AT_THE_ENDS, SELDOM = 120, 30
 STACK_SECONDS = 2.0
 LONGEST_LOOK = 1.0  # s that one look may count for: a launcher that was stopped itself must not find ranks late
 # Innermost frames that mean a rank waits for others: it is not the one that hangs.
-WAITS = ("torch/distributed/", "deepspeed/comm/", " in wait", "align_kit/telemetry/roll_call.py")
+WAITS = (
+    "torch/distributed/", "deepspeed/comm/", " in wait", " in _allgather_params_coalesced",
+    "align_kit/telemetry/roll_call.py",
+)  # fmt: skip
 INNERMOST = 4
 SHOWN_FRAMES = 12
 
@@ -131,15 +134,17 @@ def name_hung(
 ) -> tuple[int, ...]:
     """Return those of `ranks` that hang: the furthest behind, and of these the ones that wait for nobody.
 
-    Where all of them wait for each other, all are named. On a GPU collectives run beside Python, so a rank may wait
-    in a synchronisation that is not known as one.
+    Where all of them wait for each other, all are named. Where some do not answer though others do, it is they: even
+    one that is deep in native code answers. On a GPU collectives run beside Python, so a rank may wait in a
+    synchronisation that is not known as one.
     """
 
     def place(rank: int) -> tuple[int, int]:
         beat = last(rank)
         return (beat.step, beat.micro_batch) if beat else (-1, -1)
 
+    silent = [rank for rank in ranks if not stacks.get(rank)]
     busy = [rank for rank in ranks if not waits(stacks.get(rank, ()))]
-    candidates = busy or list(ranks)
+    candidates = silent or busy or list(ranks)
     furthest_behind = min(place(rank) for rank in candidates)
     return tuple(rank for rank in candidates if place(rank) == furthest_behind)
