@@ -16,6 +16,7 @@ USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value .
        align-kit demo [--seed N]
        align-kit compare [<recipe>] [--vary key=a,b,c] [--seeds N] [--key value ...]
        align-kit report <run folder> [...] [--output page.html]
+       align-kit data clean|stats|mix|preferences [...]
        align-kit cards
 
 recipes:
@@ -31,6 +32,7 @@ COMMANDS = {
     "demo": "align_kit.demo:demo",
     "compare": "align_kit.compare:compare",
     "report": "align_kit.report.overlay:report",
+    "data": "align_kit.data_commands:data",
     "cards": "align_kit.cli:list_cards",
 }
 

@@ -182,14 +182,15 @@ def _batch(recipe: Recipe, config: Config, world: int, rows: int | None) -> Batc
 def _tell(found: Answer, options: Options) -> None:
     """Print the answer, and write the files that were asked for."""
     from align_kit.plan import show
+    from align_kit.report.page import write_whole
 
     print(show.text(found))
     if options.json:
-        _write(options.json, json.dumps(found.as_dict(), indent=2) + "\n")
+        write_whole(Path(options.json), json.dumps(found.as_dict(), indent=2) + "\n")
     if options.html:
         show.write_page(found, options.html)
     if options.write:
-        _write(options.write, overlay(found))
+        write_whole(Path(options.write), overlay(found))
     for place in filter(None, (options.json, options.html, options.write)):
         print(f"written: {place}")
 
@@ -204,10 +205,3 @@ def overlay(found: Answer) -> str:
         raise UserError("--write: no way to carry out the run fits; take more or other devices, or a smaller model")
     lines = [f"# {line}" for line in (f"{found.phase} of {found.model}: the best way on {found.ranks}", *found.why())]
     return "\n".join([*lines, yaml.safe_dump(dict(best.changes), sort_keys=False) if best.changes else "{}\n"])
-
-
-def _write(place: str, text: str) -> None:
-    try:
-        Path(place).write_text(text)
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error.strerror}); name another file") from None

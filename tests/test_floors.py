@@ -19,10 +19,10 @@ FLOORS = (
     {"errors", "log", "resources", "scrub", "supervised", "__version__"},
     {"cards", "config", "failures", "losses", "machine", "run_folder", "zero"},
     {"data", "forward", "models", "report", "telemetry"},
-    {"frozen", "checkpoint", "plan"},
+    {"frozen", "checkpoint", "plan", "clean", "preferences"},
     {"trainers"},
     {"registry", "run", "narrate", "stages"},
-    {"launch", "demo", "compare", "planner"},
+    {"launch", "demo", "compare", "planner", "data_commands", "card_commands"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

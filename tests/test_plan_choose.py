@@ -249,10 +249,12 @@ def test_host_memory_counts_too() -> None:
 
 def test_more_ranks_are_named_where_nothing_else_helps() -> None:
     found = chosen(run_of(world_size=1, per_device=1, accumulation=1), 24, host=48)
-    assert found.smallest is None and found.fitting == () and found.ranks is not None
-    assert found.ranks > 1 and f"it fits on {found.ranks} such ranks" in str(
-        show.refusal(found, Limits(24 * GIB, 48 * GIB), "7b")
-    )
+    assert found.smallest is None and found.fitting == () and found.wider is not None
+    ranks = found.wider.ranks
+    line = show.refusal(found, Limits(24 * GIB, 48 * GIB), "7b")
+    assert ranks > 1 and f"it fits on {ranks} such ranks with --gradient_checkpointing true, or" in str(line)
+    there = chosen(run_of(world_size=ranks, per_device=1, accumulation=1), 24, host=48)
+    assert found.wider.changes in [way.changes for way in there.fitting]
 
 
 def test_accumulation_is_left_to_the_global_batch_where_that_is_given() -> None:

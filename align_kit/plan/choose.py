@@ -93,20 +93,34 @@ class Space:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to carry out the run: what it changes of the configuration, what it takes, whether that fits.
-
-    `seconds` is what an optimizer step takes, with its share of what is done once.
-    """
+    """One way to carry out the run: what it changes of the configuration, what it takes, whether that fits."""
 
     setting: Setting
     changes: Mapping[str, Any]  # option: value
     plan: Plan
     fits: bool
-    seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """What an optimizer step takes, with its share of what is done once."""
+        return self.plan.time.seconds + self.plan.time.once
 
     def words(self) -> str:
         """Return the changes as they stand on a command line; empty where there are none."""
-        return " ".join(f"--{name} {str(value).lower()}" for name, value in self.changes.items())
+        return words(self.changes)
+
+
+def words(changes: Mapping[str, Any]) -> str:
+    """Return options as they stand on a command line."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+
+
+@dataclass(frozen=True)
+class Wider:
+    """So many ranks that the run would fit on, with what has to be changed beside."""
+
+    ranks: int
+    changes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ class Choice:
     configured: Way
     fitting: tuple[Way, ...]
     smallest: Way | None  # None where it fits as it is, or where nothing helps
-    ranks: int | None = None  # that it would fit on, where nothing else helps
+    wider: Wider | None = None  # where nothing else helps
 
     @property
     def best(self) -> Way | None:
@@ -141,7 +155,7 @@ def choose(space: Space, hardware: Hardware, limits: Limits) -> Choice:
     ranked = sorted(found, key=lambda way: (max(way.seconds, least * NEAR), way.setting.parts, way.plan.memory.peak))
     smallest = None if configured.fits else smallest_change(space, tried)
     helpless = not configured.fits and smallest is None
-    return Choice(configured, tuple(ranked), smallest, _ranks(space, tried) if helpless else None)
+    return Choice(configured, tuple(ranked), smallest, _wider(space, tried) if helpless else None)
 
 
 class _Tried:
@@ -175,11 +189,11 @@ class _Tried:
     def _way(self, setting: Setting) -> Way:
         run = applied(self.space, setting)
         plan = plan_of(run, self.hardware)
-        seconds = plan.time.seconds
         if "cached" in dict(setting.placements).values():  # computed once in place of once an epoch
-            kept = replace(setting, placements=())
-            seconds += max(0.0, self(kept).seconds - seconds) / max(1.0, self.space.passes)
-        return Way(setting, changes(self.space, setting), plan, self.limits.fits(run, plan.memory), seconds)
+            kept = self(replace(setting, placements=()))
+            once = max(0.0, kept.seconds - plan.time.seconds) / max(1.0, self.space.passes)
+            plan = replace(plan, time=replace(plan.time, once=once))
+        return Way(setting, changes(self.space, setting), plan, self.limits.fits(run, plan.memory))
 
 
 # --- what may be changed ----------------------------------------------------------------------------------------------
@@ -277,16 +291,17 @@ def smallest_change(space: Space, tried: _Tried) -> Way | None:
     return None
 
 
-def _ranks(space: Space, tried: _Tried) -> int | None:
-    """Return how many ranks the run would fit on, the ways that take least of these being taken; None if none help."""
+def _wider(space: Space, tried: _Tried) -> Wider | None:
+    """Return on how many ranks the run would fit, in the ways that take least of these; None if none help."""
     smallest = _sizes(space)[-1]
-    runs = [applied(space, replace(combination, per_device=smallest)) for combination in combinations(space)]
-    needs = [(run, *tried.limits.needed(run, tried.memory(run))) for run in runs]
-    on_device, on_host = (min(needs, key=lambda need: (need[first], need[3 - first]))[0] for first in (1, 2))
+    settings = [replace(combination, per_device=smallest) for combination in combinations(space)]
+    runs = [applied(space, setting) for setting in settings]
+    needs = [tried.limits.needed(run, tried.memory(run)) for run in runs]
+    leanest = [min(range(len(runs)), key=lambda way: (needs[way][first], needs[way][1 - first])) for first in (0, 1)]
     per_node, ranks = space.run.ranks_per_node, 2 * space.run.world_size
     while ranks <= MOST_RANKS:
-        more = [replace(run, world_size=ranks, nodes=-(-ranks // per_node)) for run in (on_device, on_host)]
-        if any(map(tried.fits, more)):
-            return ranks
+        for way in leanest:
+            if tried.fits(replace(runs[way], world_size=ranks, nodes=-(-ranks // per_node))):
+                return Wider(ranks, changes(space, settings[way]))
         ranks *= 2
     return None

@@ -106,8 +106,8 @@ def here(*, hardware_file: str | None = None, prices_file: str | None = None) ->
 def _is(device: str, memory: int, entry: Mapping[str, Any]) -> bool:
     """Tell whether a device's own name is that of a machine: two of one name differ in memory."""
     try:
-        return str(entry["names"][0]).lower() in device.lower() and 0.8 < memory / (entry["memory_gib"] * GIB) < 1.2
-    except (KeyError, TypeError, IndexError):  # a user's own, not to be looked for here
+        return str(entry["device"]).lower() in device.lower() and 0.8 < memory / (entry["memory_gib"] * GIB) < 1.2
+    except (KeyError, TypeError):  # a user's own, not to be looked for here
         return False
 
 

@@ -9,8 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align_kit.config import BatchPlan
-from align_kit.plan.choose import Choice, Limits, Way
+from align_kit.plan.choose import Choice, Limits, Way, words
 from align_kit.plan.plan import Plan
+from align_kit.plan.time import HOUR
 
 if TYPE_CHECKING:
     from align_kit.plan.hardware import Hardware
@@ -163,8 +164,9 @@ def _way_out(choice: Choice, limits: Limits) -> str:
     if choice.smallest is not None:
         device, _ = limits.needed(choice.smallest.plan.run, choice.smallest.plan.memory)
         return f"it fits with {choice.smallest.words()} ({gib(device)})"
-    if choice.ranks is not None:
-        return f"it fits on {choice.ranks} such ranks"
+    if choice.wider is not None:
+        how = f" with {words(choice.wider.changes)}" if choice.wider.changes else ""
+        return f"it fits on {choice.wider.ranks} such ranks{how}"
     run = choice.configured.plan.run
     in_few_bits = any(weight.element_bytes is not None for weight in run.policy.weights)
     other = "an adapter (use_peft), or " if not run.use_peft else "on a base in 4 bits (load_in_4bit), or "
@@ -217,7 +219,8 @@ def memory_table(answer: Answer) -> tuple[list[str], list[list[str]]]:
     rows.append(["", *(MOMENTS.get(plan.memory.at, plan.memory.at) for plan in plans)])
     rows.append(["  fits", *("yes" if way.fits else "NO" for way in ways)])
     rows += [[f"at most {MOMENTS.get(name, name)}", *(shown(_at(plan, name)) for plan in plans)] for name in moments]
-    rows += [[f"activations {word}", *(shown(_activations(plan, on)) for plan in plans)] for word, on in KEPT.items()]
+    kept = partial(_activations, device=answer.hardware.kind)
+    rows += [[f"activations {word}", *(shown(kept(plan, on)) for plan in plans)] for word, on in KEPT.items()]
     rows.append(["host memory of a node", *(shown(sum(plan.memory.host.values())) for plan in plans)])
     rows.append(["a checkpoint", *(shown(plan.memory.checkpoint_bytes) for plan in plans)])
     rows.append(["on the disk at most", *(shown(plan.memory.disk_bytes) for plan in plans)])
@@ -232,11 +235,11 @@ def _at(plan: Plan, moment: str) -> int:
     return plan.memory.persistent + sum(plan.memory.moments.get(moment, {}).values())
 
 
-def _activations(plan: Plan, recomputed: bool) -> int:
+def _activations(plan: Plan, recomputed: bool, device: str) -> int:
     """Return what a micro-batch's forward keeps for its backward, with activation checkpointing or without."""
     from align_kit.plan import peak
 
-    return peak.moments(replace(plan.run, checkpointing=recomputed), "cpu")["head"].get("activations", 0)
+    return peak.moments(replace(plan.run, checkpointing=recomputed), device)["head"].get("activations", 0)
 
 
 KEPT = {"kept, all of them": False, "with checkpointing": True}
@@ -279,18 +282,13 @@ def _time_rows(ways: Sequence[Way]) -> list[list[str]]:
         if any(getattr(time, part) for time in times)
     ]
     rows.append(["= time of a step", *(seconds(time.seconds) for time in times)])
-    if any(way.seconds > way.plan.time.seconds for way in ways):
+    if any(time.once for time in times):
         rows.append(["  and its share of what is done once", *(seconds(way.seconds) for way in ways)])
     rows.append(["  bound by", *(BOUND[time.bound] for time in times)])
-    rows.append([f"all {times[0].steps:,} steps", *(seconds(way.seconds * way.plan.time.steps) for way in ways)])
-    if all(time.dollars_per_hour is not None for time in times):
-        rows.append(["cost", *(f"${_dollars(way):,.2f}" for way in ways)])
+    rows.append([f"all {times[0].steps:,} steps", *(seconds(time.hours * HOUR) for time in times)])
+    if costs := [time.dollars for time in times if time.dollars is not None]:
+        rows.append(["cost", *(f"${cost:,.2f}" for cost in costs)])
     return rows
-
-
-def _dollars(way: Way) -> float:
-    time = way.plan.time
-    return way.seconds * time.steps / 3600 * time.devices * (time.dollars_per_hour or 0.0)
 
 
 BOUND = {"compute": "arithmetic", "link": "network", "offload": "host memory", "generation": "writing"}

@@ -24,7 +24,8 @@ HOUR = 3600.0
 class Time:
     """Seconds of an optimizer step by what they go to, and of the run; `exposed` is traffic that nothing hides.
 
-    `link` is what all traffic takes, hidden or not. `dollars` is None where no price is known.
+    `link` is what all traffic takes, hidden or not; `once` is a step's share of what a run does once, as filling the
+    store of a cached reference. `dollars` is None where no price is known.
     """
 
     compute: float
@@ -35,6 +36,7 @@ class Time:
     steps: int
     devices: int
     dollars_per_hour: float | None = None
+    once: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -43,8 +45,8 @@ class Time:
 
     @property
     def hours(self) -> float:
-        """Hours of the run's steps, without its start, evaluations and saves."""
-        return self.seconds * self.steps / HOUR
+        """Hours of the run's steps with what it does once for them, without its start, evaluations and saves."""
+        return (self.seconds + self.once) * self.steps / HOUR
 
     @property
     def dollars(self) -> float | None:

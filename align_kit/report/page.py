@@ -134,12 +134,13 @@ class Page:
         """
         path = Path(path)
         for name, drawn in self._pictures.items():
-            _write(path.with_name(f"{name}.svg"), drawn)
-        _write(path, self.markup())
+            write_whole(path.with_name(f"{name}.svg"), drawn)
+        write_whole(path, self.markup())
         return path
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either there as a whole or not; raises UserError where it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(text, encoding="utf-8")

@@ -217,6 +217,11 @@ class Planned:
     device: Hardware
     unknown: str = ""
 
+    @property
+    def fits(self) -> bool:
+        """Whether what it takes is there; what could not be worked out is not known to be too much."""
+        return self.plan is None or self.limits.fits(self.plan.run, self.plan.memory)
+
     def line(self) -> str:
         """Return the line of the run's header."""
         return f"not known: {self.unknown}" if self.plan is None else show.line(self.plan, self.limits)
@@ -225,6 +230,9 @@ class Planned:
         """Return what the manifest keeps: plain numbers."""
         found = {"unknown": self.unknown} if self.plan is None else self.plan.as_dict()
         return {**found, "free_bytes": self.limits.device}
+
+
+Weigh = Callable[[Hardware], tuple[Planned, str | None]]
 
 
 def planned(
@@ -242,65 +250,42 @@ def planned(
     All ranks call it; rank 0 works it out for all, by what the fullest of them has left.
     """
     limits = _free()
-    mine = _worked_out(recipe, config, engine, start, words, rows, batch, home, limits) if log.rank() == 0 else None
-    made, refused = gather(mine)[0]
+    nodes = -(-batch.world_size // machine.local_world_size())
+    site = describe.Site(engine.config, cast(Precision, engine.precision), batch, nodes, settled=True)
+
+    def weigh(device: Hardware) -> tuple[Planned, str | None]:
+        recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
+        data = sampled.known(recipe, config, rows.train.rows, words, batch.global_batch)
+        tell = partial(
+            described, recipe, config, start.source, data,
+            find=lambda name, option: source.resolve(name, option=option),
+            free=None if limits.one else limits.device, recorded=recorded,
+        )  # fmt: skip
+        made = Planned(plan_of(tell(site).run, device), limits, device)
+        if config.run.force or made.fits:
+            return made, None
+        free_to_choose = replace(site, settled=False)  # another way may take another stage
+        ways = choice(recipe, config, tell(free_to_choose), free_to_choose, device, limits)
+        return made, show.refusal(ways, limits, start.source.name)
+
+    made, refused = gather(_attempted(weigh, limits) if log.rank() == 0 else None)[0]
     if refused:
         raise UserError(refused)
     return cast(Planned, made)
 
 
-def _worked_out(
-    recipe: Recipe,
-    config: Config,
-    engine: Engine,
-    start: Start,
-    words: Any,
-    rows: Prepared,
-    batch: BatchPlan,
-    home: RunFolder,
-    limits: Limits,
-) -> tuple[Planned, str | None]:
+def _attempted(weigh: Weigh, limits: Limits) -> tuple[Planned, str | None]:
     """Return what the run will take, and why it is refused where it is.
 
     A model that the planner cannot weigh may train all the same: the run goes on without a plan, and says so.
     """
     device = hardware.here()
     try:
-        return _weighed(recipe, config, engine, start, words, rows, batch, home, limits, device)
+        return weigh(device)
     except UserError as error:  # for all ranks to end by together
         return Planned(None, limits, device), str(error)
     except Exception as error:
         return Planned(None, limits, device, f"{type(error).__name__}: {first_line(error, scrubbed)}"), None
-
-
-def _weighed(
-    recipe: Recipe,
-    config: Config,
-    engine: Engine,
-    start: Start,
-    words: Any,
-    rows: Prepared,
-    batch: BatchPlan,
-    home: RunFolder,
-    limits: Limits,
-    device: Hardware,
-) -> tuple[Planned, str | None]:
-    site = describe.Site(engine.config, cast(Precision, engine.precision), batch, _nodes(batch), settled=True)
-    recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
-    data = sampled.known(recipe, config, rows.train.rows, words, batch.global_batch)
-    free = None if limits.one else limits.device
-    tell = partial(
-        described, recipe, config, start.source, data, find=lambda name, option: source.resolve(name, option=option),
-        free=free, recorded=recorded,
-    )  # fmt: skip
-    found = tell(site)
-    plan = plan_of(found.run, device)
-    made = Planned(plan, limits, device)
-    if config.run.force or limits.fits(found.run, plan.memory):
-        return made, None
-    site = replace(site, settled=False)  # another way may take another stage
-    ways = choice(recipe, config, tell(site), site, device, limits)
-    return made, show.refusal(ways, limits, start.source.name)
 
 
 def _free() -> Limits:
@@ -313,10 +298,6 @@ def _free() -> Limits:
         devices, hosts = zip(*gather((torch.cuda.mem_get_info()[0], host)), strict=True)
         return Limits(min(devices), min(hosts))
     return Limits(min(gather(host // machine.local_world_size())), host, one=True)
-
-
-def _nodes(batch: BatchPlan) -> int:
-    return -(-batch.world_size // machine.local_world_size())
 
 
 def tell_meters(trainer: Any, planned: Planned) -> None:
