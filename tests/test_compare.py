@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_kit.compare import arms, fair, interval, judges, measures, options, reading, sweep, table
+from align_kit.compare import arms, fair, interval, judges, measures, measuring, options, reading, sweep, table
 from align_kit.compare.reading import Point, Ran
 from align_kit.errors import UserError
 
@@ -101,6 +103,7 @@ def test_words_of_the_runs_are_passed_on() -> None:
     assert options.parse([]).default and options.parse(["--seeds", "2"]).recipe == "sft"
     assert options.parse(["--learning_rates", "1e-3,1e-2"]).rates == (1e-3, 1e-2)
     assert options.parse(["--forgetting", "none"]).forgetting == ("none",)
+    assert options.parse(["--overwrite"]).overwrite and not options.parse(["--overwrite", "no"]).overwrite
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_words_of_the_runs_are_passed_on() -> None:
         ("sft --vary lora_r=8,16 --arms a b", "both say what differs"),
         ("sft --vary learning_rate=1e-3,1e-2 --learning_rates 1e-3", "makes each an arm"),
         ("sft --ranks two", "--ranks two: give a whole number"),
+        ("sft --overwrite maybe", "--overwrite maybe: give true or false"),
     ],
 )
 def test_bad_words(words: str, message: str) -> None:
@@ -371,3 +375,20 @@ def test_update_leaves_out_embeddings_and_measures_what_changed() -> None:
     trunk = [weight.detach() for name, weight in named if weight.dim() == 2 and "layers" in name]
     norm = math.sqrt(sum(float(weight.square().sum()) for weight in trunk))
     assert found["relative"] == pytest.approx(float((up @ down).norm()) / norm, rel=1e-4)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def doubled_or_killed(number: int) -> int:
+    """Return twice a number; the system ends the process that is given 13."""
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * number
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_measuring_process_that_is_ended_is_told() -> None:
+    assert measuring.forked(doubled_or_killed, [1, 2, 3], 2) == [2, 4, 6]
+    with pytest.raises(UserError, match="ended from outside, for want of memory"):
+        measuring.forked(doubled_or_killed, [1, 13, 3], 2)

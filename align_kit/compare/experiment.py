@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SWEEP_SEED = 0  # the reported seeds follow it: no rate is judged by the run that it was chosen by
 # The embedded experiment, where nothing is named: short enough that all of it takes ten minutes on two cores.
-SHORT = ("--max_steps", "128", "--logging_steps", "8", "--save_strategy", "steps", "--save_steps", "128")
+SHORT = ("--max_steps", "96", "--logging_steps", "8", "--save_strategy", "steps", "--save_steps", "96")
 SHORT_START = {"pretrain": ("--max_steps", "160")}
 # Dropout would draw each copy of a shared prompt anew: one arm would compute what the other computes once.
 SHORT_ADAPTER = ("--lora_dropout", "0")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit import machine, run_folder
+from align_kit import __version__, machine, run_folder
+from align_kit.errors import UserError
 
 if TYPE_CHECKING:
     from align_kit.compare.work import Task
@@ -46,10 +49,28 @@ def _spread(tasks: list[Task], processes: int) -> list[dict[str, Any]]:
     large = max(_bytes(task) for task in tasks) > SMALL
     many = 1 if large else min(processes, machine.cores(), len(tasks))
     threads = max(1, machine.cores() // many)
-    # A pool ends its processes by SIGTERM, for which this one has a handler of its own.
+    return forked(work, [replace(task, threads=threads) for task in tasks], many)
+
+
+def forked(act: Callable[[Any], Any], tasks: Sequence[Any], many: int) -> list[Any]:
+    """Do tasks in `many` processes; raise `UserError` where the system ends one of them, as for want of memory."""
+    # They are ended by SIGTERM, for which this process has a handler of its own.
     quietly = (signal.SIGTERM, signal.SIG_DFL)
-    with multiprocessing.get_context("fork").Pool(many, initializer=signal.signal, initargs=quietly) as pool:
-        return pool.map(work, [replace(task, threads=threads) for task in tasks], chunksize=1)
+    fork = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(many, fork, initializer=signal.signal, initargs=quietly) as pool:
+            try:
+                return list(pool.map(act, tasks))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {many} processes that measure finished models was ended from outside, for want of memory perhaps; "
+            "end what else runs here, and give the same command again: finished runs stay"
+        ) from None
 
 
 def _bytes(task: Task) -> int:
@@ -58,12 +79,12 @@ def _bytes(task: Task) -> int:
 
 
 def _key(task: Task) -> str:
-    """Return what tells one task from another: the models' content and all they are judged by."""
+    """Return what tells one task from another: the models' content, all they are judged by, and our version."""
     from align_kit.models import source
 
     models = [source.digest(source.resolve(str(place))) for place in (task.folder, task.start) if place]
     judged = (task.problems, task.texts)
-    return sha256(repr((models, judged)).encode()).hexdigest()
+    return sha256(repr((models, judged, __version__)).encode()).hexdigest()
 
 
 def _kept(file: Path, task: Task) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ OPTIONS = {
     "overwrite": "replace finished runs in output_dir that were configured otherwise",
 }
 FLAGS = ("overwrite",)
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 OURS_ALONE = ("seed", "data_seed", "resume", "dry_run")  # of the runs' keys
 HELP = """usage: align-kit compare [<recipe>] [--option value ...] [--config a.yaml ...] [the recipe's keys]
 
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> Options:
         problems=given.get("problems", ""),
         forgetting=None if forgetting is None else tuple(filter(None, forgetting.split(","))),
         quality=_number("quality", given["quality"]) if "quality" in given else None,
-        overwrite=given.get("overwrite", "false").lower() in ("", "true", "1", "yes"),
+        overwrite=_truth("overwrite", given.get("overwrite", "false")),
     )
 
 
@@ -111,6 +112,12 @@ def _refuse(words: Mapping[str, list[str]], given: Mapping[str, str]) -> None:
 
 def _passed_on(words: Mapping[str, list[str]]) -> tuple[str, ...]:
     return tuple(word for name, rest in words.items() if name not in OPTIONS for word in (f"--{name}", *rest))
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise UserError(f"--{name} {text}: give true or false, or the option alone")
+    return TRUTHS[text.lower()]
 
 
 def _whole(name: str, text: str) -> int:

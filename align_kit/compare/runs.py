@@ -130,7 +130,8 @@ class Runner:
         )
 
     def _launch(self, job: Job, how: Sequence[str]) -> int:
-        options = ["--nproc_per_node", str(self.ranks), *(["--max_restarts", "0"] if job.may_diverge else [])]
+        # What diverges does so again at once; a fault of the machine does not, and must not cost a rate its place.
+        options = ["--nproc_per_node", str(self.ranks), *(["--max_restarts", "1"] if job.may_diverge else [])]
         output = self.log_of(job)
         run_folder.make_private(output.parent)
         words = [*options, job.recipe, *job.command_line, *how]
