@@ -64,6 +64,14 @@ def test_what_was_saved_says_what_it_is(lab: Lab) -> None:
     assert 0 <= result["logit_gap"] < 1e-5
 
 
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_tied_weights_are_stored_once(lab: Lab, engine: str) -> None:
+    run = lab.train("sft", deepspeed=engine)
+    assert read_weights(run.folder).keys() == read_weights(lab.model).keys()
+    before = sum(file.stat().st_size for file in lab.model.glob("*.safetensors"))
+    assert run.manifest["result"]["bytes"] == pytest.approx(before, rel=0.01)
+
+
 def test_no_secret_and_no_pickle_in_the_final_model(lab: Lab) -> None:
     run = lab.train("sft", deepspeed=lab.sharded)
     assert not [file.name for file in run.folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]

@@ -31,8 +31,7 @@ def _module_bytes(run: Run) -> int:
 
 def final_bytes(run: Run) -> int:
     """Return the bytes of the final model: all weights, or the adapter of a LoRA run."""
-    tied = 0 if run.use_peft or run.engine.stage == 3 else run.policy.tied
-    return (stored_weights(run) + tied) * run.engine.element_bytes
+    return stored_weights(run) * run.engine.element_bytes
 
 
 def disk_bytes(run: Run) -> int:

@@ -34,11 +34,19 @@ def _copied(named: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _whole(trainer: Any) -> dict[str, Tensor]:
     engine = trainer.model_wrapped
     if not trainer.is_lora:
-        return trainer.accelerator.get_state_dict(engine) or {}
+        return _tied_again(trainer.accelerator.get_state_dict(engine) or {}, engine.module)
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
     trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
     return {name: tensor.cpu() for name, tensor in engine.module.state_dict().items() if name in trained}
+
+
+def _tied_again(named: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return tensors of which those that are one in `model` are one: below ZeRO-3 each name gets a copy of its own."""
+    first: dict[int, str] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    same = {name: first.setdefault(id(parameter), name) for name, parameter in parameters}
+    return {name: named.get(same.get(name, name), tensor) for name, tensor in named.items()}
 
 
 def joins_later(trainer: Any) -> bool:
