@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 MINUTES ?= 30
+# Processes that share the test suite, each with warm ranks of its own; a file's tests stay together.
+WORKERS ?= 2
 ARGS ?=
 ARMS ?=
 # One target per recipe: a test holds recipes/ and the registry to the same names.
@@ -16,7 +18,7 @@ PHASES := $(patsubst recipes/%.py,%,$(wildcard recipes/*.py))
 export ALIGN_KIT_CACHE ?= $(CURDIR)/runs/.cache
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/runs/.extensions
 
-.PHONY: help setup demo compare test check lint bench soak wheel clean $(PHASES)
+.PHONY: help setup demo compare doctor test check lint bench soak wheel clean $(PHASES)
 
 help: ## list the targets
 	@echo "targets (ARGS='--key value …' is passed on, RANKS=$(RANKS) sets the ranks of a phase):"
@@ -39,9 +41,12 @@ demo: setup ## every phase on the embedded data, two ranks, with a table of what
 compare: setup ## LoRA against full fine-tuning on the embedded data, as an experiment with intervals: ten minutes
 	@$(BIN)/align-kit compare --ranks $(RANKS) $(ARGS)
 
+doctor: setup ## is this machine fit to train on (ARGS=--fix removes stale locks)
+	@$(BIN)/align-kit doctor $(ARGS)
+
 test: setup ## the whole test suite
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup lint ## lint, types, floors and the fast tests
 	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)

@@ -16,8 +16,11 @@ USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value .
        align-kit demo [--seed N]
        align-kit compare [<recipe>] [--vary key=a,b,c] [--seeds N] [--key value ...]
        align-kit report <run folder> [...] [--output page.html]
+       align-kit check <recipe> [--config a.yaml ...] [--key value ...]
+       align-kit show <recipe> [--rows N] [--config a.yaml ...] [--key value ...]
+       align-kit doctor [--fix] [--json] [--ranks N]
        align-kit data clean|stats|mix|preferences [...]
-       align-kit cards
+       align-kit cards [check|update|croissant|table] [...]
 
 recipes:
 {recipes}
@@ -33,7 +36,10 @@ COMMANDS = {
     "compare": "align_kit.compare:compare",
     "report": "align_kit.report.overlay:report",
     "data": "align_kit.data_commands:data",
-    "cards": "align_kit.cli:list_cards",
+    "check": "align_kit.check:check",
+    "show": "align_kit.inspect.command:show",
+    "doctor": "align_kit.doctor.command:doctor",
+    "cards": "align_kit.card_commands:cards",
 }
 
 
@@ -72,18 +78,6 @@ def _command(name: str, rest: list[str]) -> int:
         raise unknown("command or recipe", name, [*registry.names(), *COMMANDS], show=20)
     module, _, function = COMMANDS[name].partition(":")
     return int(getattr(importlib.import_module(module), function)(rest))
-
-
-def list_cards(words: Sequence[str]) -> int:
-    """Print a line for each data card there is."""
-    from align_kit import cards
-
-    if words:
-        raise UserError(f"align-kit cards takes nothing, and was given {words[0]!r}; drop it")
-    for name in cards.card_names():
-        card = cards.load_card(name)
-        print(f"{name:<24} {', '.join(card.block.phases):<30} {', '.join(card.licences):<18} {card.pretty_name}")
-    return 0
 
 
 if __name__ == "__main__":

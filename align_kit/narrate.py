@@ -102,6 +102,8 @@ def header(
     splits = [rows.train, *([rows.eval] if rows.eval else [])]
     for title, split in zip(("data", "eval"), splits, strict=False):
         log.say(f"  {title:<10} {split.sentence()}")
+    for line in dict.fromkeys(line for split in splits for line in split.mixture()):
+        log.say(f"  mixture    {line}")
     for line in dict.fromkeys(line for split in splits for line in split.warnings):
         log.warn(line)
     log.say(f"  forward    {forward.mode}: {forward.why}")

@@ -110,17 +110,20 @@ def _value(name: str, words: Sequence[str]) -> Any:
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
-def answer(recipe: Recipe, config: Config, options: Options) -> Answer:
-    """Return the plan of the run as configured, the ways that fit, and what they were compared by."""
+def answer(recipe: Recipe, config: Config, options: Options, start: Source | None = None) -> Answer:
+    """Return the plan of the run as configured, the ways that fit, and what they were compared by.
+
+    `start` is what the policy starts from, where that is known.
+    """
     from align_kit.plan.describe import Site
     from align_kit.plan.show import Answer
+    from align_kit.stages import alone, sampled
     from align_kit.stages import plan as stage
-    from align_kit.stages import sampled
 
     machine.choose_accelerator(os.environ)
     device = _device(options)
     engine, _ = zero.choose(config.training.get("deepspeed"), zero.Launch())
-    start = _start(recipe, config)
+    start = start or alone.start_of(recipe, config)
     ranks = options.gpus * options.nodes
     data, rows = sampled.sample(recipe, config, start, _batch(recipe, config, ranks, None).global_batch)
     batch = _batch(recipe, config, ranks, rows)
@@ -152,19 +155,6 @@ def _find(name: str, option: str) -> Source:
     from align_kit.models import source
 
     return source.configuration(name, option=option)
-
-
-def _start(recipe: Recipe, config: Config) -> Source:
-    """Return what the policy would start from; of a model that is named no more than the configuration is needed."""
-    from align_kit.models import source
-    from align_kit.stages.beginning import previous_phase
-
-    model = config.model
-    if model.config_name:
-        return source.resolve(model.config_name, random=True, option="config_name")
-    if model.model_name_or_path:
-        return source.configuration(model.model_name_or_path, revision=model.model_revision)
-    return previous_phase(recipe, config)[0]
 
 
 def _batch(recipe: Recipe, config: Config, world: int, rows: int | None) -> BatchPlan:

@@ -47,6 +47,7 @@ def execute(recipe: Recipe, config: Config) -> int:
     began = time.monotonic()
     with contextlib.ExitStack() as ending:
         args = ending.enter_context(stages.process_group(config, engine, plan))
+        recipe.trainer_class().check(args)
         home = stages.open_home(recipe, config, engine, plan, args)
         ending.enter_context(stages.of_a_failure(home))
         ending.enter_context(home.telling_failure())

@@ -155,10 +155,10 @@ def answer() -> None:
         _kept.append(stack_file(folder, int(os.environ.get("RANK", "0"))).open("w"))
         faulthandler.register(STACK_SIGNAL, _kept[-1], all_threads=False)
     if LAUNCHER in os.environ and sys.platform == "linux":
-        _die_with(int(os.environ[LAUNCHER]))
+        die_with(int(os.environ[LAUNCHER]))
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """Let the kernel kill this process when its parent ends: a launcher that was killed cannot do it."""
     import ctypes
 

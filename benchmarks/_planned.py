@@ -21,7 +21,9 @@ from tests.small import SETTINGS, make_tokenizer, sentence, write_rows
 
 STEPS = 4  # without rollouts; the first is left out of traffic
 ITERATIONS = 3  # with
-ROWS = 48
+ROWS = 48  # whole steps an epoch, whatever the batch; of text as many as fill blocks for all steps
+RANKS = 2
+FEWEST_WORDS = 10  # of a text, times the case's scale; each is a token or more
 OF_A_MICRO_BATCH = ("forward", "head", "reference", "backward", "reduce")  # moments of the planner
 CHOICES = ("forward", "reference_placement", "rollout_placement")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -134,7 +136,7 @@ def _online(draw: random.Random, options: Mapping[str, Any]) -> dict[str, Any]:
 def written(case: Case, home: Path) -> dict[str, Any]:
     """Write the model and the rows of a case into `home`; return the options of its run."""
     home.mkdir()
-    rows = [_row(case, random.Random(f"{place}")) for place in range(ROWS)]
+    rows = [_row(case, random.Random(f"{place}")) for place in range(_count(case))]
     options = {
         **SETTINGS,
         "config": home / "nothing.yaml",
@@ -167,12 +169,20 @@ def _write_model(case: Case, place: Path, kind: str, **changes: Any) -> Path:
     return place
 
 
+def _count(case: Case) -> int:
+    """Return how many rows are written: no step of the run is cut short by the end of an epoch."""
+    if PHASE_KINDS[case.phase][0] != "text":
+        return ROWS
+    step = case.options["per_device_train_batch_size"] * case.options["gradient_accumulation_steps"] * RANKS
+    return max(ROWS, STEPS * step * case.options["max_length"] // (FEWEST_WORDS * case.scale) + 1)
+
+
 def _row(case: Case, draw: random.Random) -> dict[str, Any]:
     """Return a row of what the phase takes, as long as the case has it."""
     some: Callable[[int], str] = lambda most: sentence(draw, 1, most * case.scale)  # noqa: E731
     kind = PHASE_KINDS[case.phase][0]
     if kind == "text":
-        return {"text": sentence(draw, 10 * case.scale, 20 * case.scale)}
+        return {"text": sentence(draw, FEWEST_WORDS * case.scale, 2 * FEWEST_WORDS * case.scale)}
     row = {"prompt": some(6)}
     answers = {"prompt_completion": ["completion"], "preference": ["chosen", "rejected"], "binary": ["completion"]}
     row |= {name: " " + some(6) for name in answers.get(kind, [])}
@@ -199,13 +209,12 @@ def watched(argv: list[str], report: str) -> int:
 class Had:
     """What a rank had to compute: the run as it was planned, its micro-batches, and its longest prompt.
 
-    `early` are those of the first optimizer step, before which the optimizer has no moments; at the very first ZeRO-3
-    has not learnt the order of the modules, and fetches nothing ahead (DeepSpeed 0.19.8: `is_complete_trace`).
+    Each micro-batch stands with the optimizer step it was of: before the first the optimizer has no moments, and in
+    the first few ZeRO-3 has not learnt the order of the modules.
     """
 
     run: Run | None = None
-    early: list[Micro] = field(default_factory=list)
-    micros: set[Micro] = field(default_factory=set)
+    micros: set[tuple[int, Micro]] = field(default_factory=set)
     longest_prompt: int = 0
 
     def moments(self) -> dict[str, int]:
@@ -214,14 +223,12 @@ class Had:
         run = self.run
         if run.rollout is not None:
             run = replace(run, rollout=replace(run.rollout, longest_prompt=self.longest_prompt))
-        untraced = replace(run, engine=replace(run.engine, prefetch_bucket=0))
         lacking = persistent(run).get("moments", 0)
-        each = [(replace(run, worst=micro), 0) for micro in self.micros]
-        each += [(replace(run if n else untraced, worst=micro), lacking) for n, micro in enumerate(self.early)]
         most: dict[str, int] = {}
-        for one, less in each:
-            for name, parts in peak.moments(one).items():
-                size = sum(parts.values()) - (less if name in OF_A_MICRO_BATCH else 0)
+        for step, micro in self.micros:
+            begun = step // (run.rollout.steps if run.rollout else 1)
+            for name, parts in peak.moments(replace(run, worst=micro), begun=begun).items():
+                size = sum(parts.values()) - (lacking if step == 0 and name in OF_A_MICRO_BATCH else 0)
                 most[name] = max(most.get(name, size), size)
         return most
 
@@ -247,10 +254,7 @@ def noting() -> Iterator[None]:
     def training_step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         assert had.run is not None
         micro = micro_of(inputs, had.run.forward, had.run.policy.head == "score")
-        if trainer.state.global_step:
-            had.micros.add(micro)
-        else:
-            had.early.append(micro)
+        had.micros.add((trainer.state.global_step, micro))
         return step(trainer, model, inputs, *args, **kwargs)
 
     def written(writer: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:

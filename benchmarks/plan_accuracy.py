@@ -135,12 +135,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--only", type=int, help="run this one of them")
+    parser.add_argument("--only", type=int, nargs="+", help="run these of them")
     parser.add_argument("--json", type=Path, help="write all that was planned and found here")
     asked = parser.parse_args()
     draw = random.Random(asked.seed)
     cases = [drawn(draw) for _ in range(asked.count)]
-    chosen = [asked.only] if asked.only is not None else range(len(cases))
+    chosen = asked.only or range(len(cases))
     print("  #    state              peak (planned at)              traffic   run", flush=True)
     results = []
     with ranks_in_a_folder() as (ranks, home):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_kit import machine
-
 ROOT = Path(__file__).resolve().parent.parent
+# Ports of runs, below those the kernel gives out by itself: what it has just given to one it may give to another.
+PORTS, PORTS_EACH = 20_000, 2_000
 
 
 @dataclass
@@ -43,12 +45,28 @@ class Result:
         return lines[0]
 
 
+def is_free(port: int) -> bool:
+    """Tell whether nobody listens on a TCP port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 class Ranks:
     """The warm process and the runs made from it. `home` keeps their logs, caches and extensions."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.count = 0
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        first = PORTS + PORTS_EACH * (worker % 4)
+        self.ports = itertools.cycle(range(first, first + PORTS_EACH))
+        for _ in range(os.getpid() % PORTS_EACH):  # another suite on this machine begins elsewhere
+            next(self.ports)
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -78,7 +96,7 @@ class Ranks:
         cwd: Path | None = None,
         function: str = "",
         ranked: bool = True,
-        timeout: float = 120,
+        timeout: float = 300,
         grace: float = 5,
         **kwargs: Any,
     ) -> Result:
@@ -93,7 +111,7 @@ class Ranks:
             "function": function,
             "kwargs": kwargs,
             "log": str(log),
-            "port": machine.free_port(),
+            "port": next(filter(is_free, self.ports)),
             "ranked": ranked,
             "timeout": timeout,
             "grace": grace,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import pytest
@@ -30,6 +31,9 @@ GOOD = {
         "verified": True,
     },
 }
+
+
+MADE = {"command": ["align-kit", "data", "clean"], "align_kit": "1.0"}
 
 
 def write_card(tmp_path, change=lambda front: None, name="mine"):
@@ -113,6 +117,20 @@ MISTAKES = [
     (lambda front: front["align_kit"]["source"].update(sha256={}), "lacks the digest of 'a.jsonl'"),
     (lambda front: front["align_kit"].pop("splits"), "align_kit.splits: Field required"),
     (lambda front: front["align_kit"].update(checker="no colon"), "align_kit.checker"),
+    (lambda front: front["align_kit"].update(stats={"rows": 3}), "stats.rows must be a mapping of the card's splits"),
+    (lambda front: front["align_kit"].update(stats={"rows": {"tset": 3}}), "stats.rows must be a mapping"),
+    (lambda front: front["align_kit"].update(stats={"kept": "many"}), "kept must be a number, or a mapping of splits"),
+    (lambda front: front["align_kit"].update(filters=[{"nmae": "x", "dropped": 1}]), "unknown field 'nmae'.*'name'"),
+    (lambda front: front["align_kit"].update(filters=[{"name": "x", "dropped": -1}]), "filters.0.dropped.*got -1"),
+    (lambda front: front["align_kit"].update(decontamination=[{"against": "a", "n": 0, "dropped": 0}]),
+     "decontamination.0.n"),
+    (lambda front: front["align_kit"].update(pii={"email": -1}), "pii.email"),
+    (lambda front: front["align_kit"].update(made={"command": ["x"]}), "made.align_kit: Field required"),
+    (lambda front: front["align_kit"].update(made={**MADE, "from": [{"split": "train"}]}),
+     "name either a card or a file"),
+    (lambda front: front["align_kit"].update(made={**MADE, "from": [{"card": "a", "digest": "short"}]}),
+     "made.from.0.digest"),
+    (lambda front: front["align_kit"].update(made={**MADE, "prompts": [1, 2]}), "prompts must be one number, text"),
 ]
 
 
@@ -167,6 +185,36 @@ def test_one_flipped_byte_is_found(tmp_path):
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match="sha256"):
         cards.local_file(cards.load_card("xstest_pairs"), "train", tmp_path)
+
+
+def test_a_card_says_how_its_rows_were_made(tmp_path):
+    source = {"card": "gsm8k", "split": "train", "digest": "a" * 32, "rows": 9, "share": 0.5}
+    record = {
+        "stats": {"rows": {"train": 7}, "near_duplicates": 2},
+        "filters": [{"name": "words", "rule": "50 to 100,000", "threshold": 50, "dropped": 2}],
+        "decontamination": [{"against": "card:gsm8k[test]", "n": 13, "dropped": 0}],
+        "pii": {"email": 3},
+        "made": {**MADE, "seed": 0, "from": [source], "teacher": "a model"},
+    }
+    block = cards.read_card(write_card(tmp_path, lambda front: front["align_kit"].update(record))).block
+    assert block.model_dump(include=set(record), by_alias=True, exclude_none=True) == record
+    assert block.made.sources[0].rows == 9 and block.filters[0].threshold == 50
+
+
+def test_a_card_beside_its_files_moves_with_them(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    data = b"{}\n"
+    (here / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl").write_text("another's\n")
+    monkeypatch.chdir(tmp_path)
+    digest = hashlib.sha256(data).hexdigest()
+    write_card(here, lambda front: front["align_kit"]["source"].update(path=".", sha256={"a.jsonl": digest}))
+    here.rename(there)
+    card = cards.read_card(there / "mine.md")
+    assert cards.local_file(card, "train", tmp_path) == there / "a.jsonl"
+    (there / "a.jsonl").unlink()
+    assert cards.local_file(card, "train", tmp_path) is None
 
 
 def test_a_data_home_that_is_no_folder_is_refused(monkeypatch, tmp_path):

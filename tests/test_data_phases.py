@@ -79,12 +79,14 @@ def test_built_in_cards(phase: str, name: str, split: str, read: int, kept: int,
     check_card(phase, name, split, read, kept, tmp_path)
 
 
+@pytest.mark.slow
 @needs_real_data
 @pytest.mark.parametrize("phase, name, split, read, kept", REAL_SETS)
 def test_real_sets(phase: str, name: str, split: str, read: int, kept: int, tmp_path: Path) -> None:
     check_card(phase, name, split, read, kept, tmp_path)
 
 
+@pytest.mark.slow
 @needs_real_data
 def test_four_solutions_of_one_problem_stand_together_and_are_not_each_others_mismatch(tmp_path: Path) -> None:
     rows, _ = tokenised({"path": "card:gsm8k_solution_labels"}, "kto", tmp_path)

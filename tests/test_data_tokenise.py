@@ -247,6 +247,7 @@ def _fetch_counted(folder, results):
     results.put((rows["input_ids"][:], cached))
 
 
+@pytest.mark.slow
 def test_ranks_that_start_together_build_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -274,6 +275,7 @@ def written(row):
     return [answer[-1]["content"].strip() for answer in answers]
 
 
+@pytest.mark.slow
 @needs_real_data
 @pytest.mark.parametrize("name, split, phase", [
     ("gsm8k", "train", "sft"), ("gsm8k_solution_pairs", "train", "dpo"), ("llamafactory_dpo_en", "train", "dpo"),
@@ -293,6 +295,7 @@ def test_real_rows_say_what_the_files_say(tmp_path, name, split, phase):
             assert heard.removesuffix("<|im_end|>") == text if isinstance(source["prompt"], str) else text in heard
 
 
+@pytest.mark.slow
 @needs_real_data
 def test_packed_shakespeare_is_shakespeare(tmp_path):
     tokenizer = chat_tokenizer(None)

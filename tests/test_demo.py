@@ -75,7 +75,7 @@ def test_bad_options(words: str, message: str) -> None:
 def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
     """A share of the steps: enough that fine-tuning teaches the format and DPO makes the model show its work."""
     env = {**ranks.env, "ALIGN_KIT_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.4", "--split", "validation", "--arms", "dpo"]
+    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.2", "--split", "validation", "--arms", "dpo"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "demo")], env=env, cwd=tmp_path, capture_output=True, text=True
     )

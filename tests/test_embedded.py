@@ -193,6 +193,7 @@ def test_stripped_library_falls_back_to_the_sample(monkeypatch: pytest.MonkeyPat
         docs.library.cache_clear()
 
 
+@pytest.mark.slow
 def test_sample_is_small_and_can_be_made_again(tmp_path: Path) -> None:
     assert docs.SAMPLE.stat().st_size < 100_000
     assert sum(len(document.text) for document in docs.sample()) == pytest.approx(300_000, rel=0.02)

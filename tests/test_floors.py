@@ -22,8 +22,8 @@ FLOORS = (
     {"frozen", "checkpoint", "plan", "clean", "preferences"},
     {"trainers"},
     {"registry", "run", "narrate", "stages"},
-    {"launch", "demo", "compare", "planner", "data_commands", "card_commands"},
-    {"cli", "__main__"},
+    {"launch", "demo", "compare", "planner", "data_commands", "card_commands", "inspect", "doctor"},
+    {"cli", "__main__", "check"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # The one orchestration: `run` tells it, `stages` does it, `narrate` says it, `registry` is what it is told about.

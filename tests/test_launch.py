@@ -16,11 +16,9 @@ from tests.harness import ROOT, Ranks
 from tests.little import little_run
 
 BIN = Path(sys.executable).parent
-RECIPE = ROOT / "recipes" / "dpo.py"
 LAUNCH_FILE = ROOT / "ds_configs" / "launch_cpu2.yaml"
 
 STARTS: dict[str, list[str | Path]] = {
-    "python": [sys.executable, RECIPE],
     "align-kit": [BIN / "align-kit", "dpo"],
     "align-kit launch": [BIN / "align-kit", "launch", "dpo"],
 }
@@ -44,7 +42,7 @@ def start(command: list[str | Path], place: Path) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["align-kit launch", "align-kit", "python"])
+@pytest.mark.parametrize("name", ["align-kit launch", "align-kit"])
 def test_a_mistake_through_a_launcher_is_one_line(name: str, tmp_path: Path) -> None:
     done = start([*STARTS[name], "--lerning_rate", "3"], tmp_path)
     assert done.returncode == 2 and not done.stdout

@@ -83,6 +83,7 @@ def test_reward_on_real_refusals(lab: Lab, real_data: Path) -> None:
     run = train(
         lab, "reward", {"path": "card:xstest_pairs"}, real_data, max_length=256, learning_rate=1e-3, max_steps=20,
         test_split_size=60, eval_strategy="steps", eval_steps=20, per_device_eval_batch_size=15,
+        data_limits={"dropped": 1},
     )  # fmt: skip
     assert run.manifest["data"]["train"]["tokenised"]["dropped"].keys() == {"longer than max_length"}
     assert run.logged("eval_accuracy")[-1] > 0.65 and falls(run.losses, by=0.2)

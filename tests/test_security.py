@@ -104,7 +104,10 @@ def test_programs_and_archives_are_refused(tmp_path: Path) -> None:
             trusted.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and no more", os.urandom(64), b"\x80\x02}."[:3]])
+NONE = {"empty": b"", "half a zip": b"PK\x03\x04 and no more", "noise": os.urandom(64), "half a pickle": b"\x80\x02}"}
+
+
+@pytest.mark.parametrize("data", NONE.values(), ids=NONE)
 def test_a_file_that_is_none_ends_in_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "shard.pt").write_bytes(data)
     with pytest.raises(UserError, match="shard.pt") as raised:

@@ -19,30 +19,64 @@ from typing import Any
 
 
 def warm() -> None:
-    """Import what a run imports; nothing may start a thread or touch the thread pools of torch before the fork."""
+    """Do once what every run would: nothing may start a thread or touch the thread pools of torch before the fork."""
     from align_kit import log
 
     log.quiet()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in (
+        "align_kit.cli",
         "align_kit.run",
         "align_kit.stages",
         "align_kit.narrate",
         "align_kit.trainers.language",
+        "align_kit.trainers.other_world",
+        "align_kit.trainers.ppo",
         "align_kit.trainers.preference",
+        "align_kit.trainers.probe",
+        "align_kit.trainers.reward",
         "align_kit.trainers.save",
+        "align_kit.trainers.unpaired",
         "align_kit.telemetry.progress",
+        "align_kit.telemetry.trackers",
         "deepspeed.runtime.zero.stage3",
         "transformers.models.llama.modeling_llama",
         "trl.trainer.sft_config",
         "trl.trainer.dpo_config",
         "peft.tuners.lora",
         "accelerate.utils.deepspeed",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # the engine's optimizer check imports it, 2 s each time
+        "tests.rank_work",
+        "torch._subclasses.schema_check_mode",
+        "trl.trainer.kto_config",
+        "trl.trainer.reward_config",
     ):
         importlib.import_module(name)
+    look_up()
     gc.collect()
     gc.freeze()  # what is here stays: a fork's collections need not walk it
+
+
+def look_up() -> None:
+    """Fill the caches that a run fills as it starts: names of stored weights, this machine's rates, operators."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from align_kit.models.hollow import hollow
+    from align_kit.plan import hardware
+    from align_kit.plan.shape import shape_of
+
+    get_checkpoint_conversion_mapping("llama")
+    if not os.path.exists("/dev/nvidia0"):  # to look at a GPU before the fork would take it from the ranks
+        machine = hardware.here()
+        assert machine.bandwidth and machine.flops["fp32"]
+    with hollow(torch.float32):
+        sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        small = LlamaConfig(num_hidden_layers=2, **sizes)
+        shape_of(LlamaForCausalLM(small), "small", "fp32")
 
 
 def become_rank(request: dict[str, Any], rank: int) -> int:

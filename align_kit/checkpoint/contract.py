@@ -35,7 +35,7 @@ FREE = frozenset(
         *("sample_prompts", "report"),
         # guards
         *("fingerprint_steps", "spike_policy", "spike_deviations", "memory_check", "skip_steps", "debug"),
-        "reference_differs",  # a permission, not a choice
+        *("reference_differs", "data_limits"),  # a permission, not a choice
         # workers and their connections
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
@@ -53,6 +53,7 @@ BY_CONTENT = {
     "dataset_name": "data",
     "dataset_config": "data",
     "dataset_train_split": "data",
+    "mixture_temperature": "data",
     "eval_datasets": "eval_data",
     "dataset_test_split": "eval_data",
     "model_name_or_path": "policy",

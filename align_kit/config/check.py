@@ -10,8 +10,9 @@ from align_kit.config.merge import ALTERNATIVES
 from align_kit.config.quantities import parse_bytes, parse_duration
 from align_kit.config.resolved import Config
 from align_kit.config.steps import parse_steps
+from align_kit.config.suspicions import SUSPICIONS
 from align_kit.config.values import Misfit
-from align_kit.errors import UserError
+from align_kit.errors import UserError, unknown
 
 
 class Range(NamedTuple):
@@ -90,11 +91,15 @@ RANGES: dict[str, Range] = {
     "spike_deviations": POSITIVE,
     "early_stopping_patience": AT_LEAST_ONE,
     "test_split_size": POSITIVE,
+    "mixture_temperature": POSITIVE,
     "precompute_ref_batch_size": AT_LEAST_ONE,
     "ref_model_mixup_alpha": UP_TO_ONE,
     "ref_model_sync_steps": AT_LEAST_ONE,
 }
-ENTRY_RANGES: dict[str, Range] = {"fraction": POSITIVE, "weight": POSITIVE, "max_samples": AT_LEAST_ONE}
+ENTRY_RANGES: dict[str, Range] = {
+    **{"fraction": POSITIVE, "weight": POSITIVE, "epochs": POSITIVE},
+    **{"max_samples": AT_LEAST_ONE, "max_share": UP_TO_ONE},
+}
 
 
 def contradictions(config: Config) -> list[str]:
@@ -242,6 +247,15 @@ def _loss(config: Config) -> Iterator[str]:
         yield f"loss_weights has {len(weights)} numbers for {len(losses)} losses ({', '.join(losses)}); give one each"
 
 
+def _limits(config: Config) -> Iterator[str]:
+    """Limits of suspicions that there are not, or that are no share."""
+    for name, share in (config.data.data_limits or {}).items():
+        if name not in SUSPICIONS:
+            yield str(unknown("key of data_limits", name, SUSPICIONS))
+        elif not 0 <= share <= 1:
+            yield f"data_limits: {name} is {share:g}; give a share of the rows from 0 to 1, which is never"
+
+
 def _precision(config: Config) -> Iterator[str]:
     """A weight dtype that the mixed precision cannot train."""
     for flag, other in (("bf16", "float16"), ("fp16", "bfloat16")):
@@ -341,4 +355,5 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _second_place,
     _fractions,
     _skip_steps,
+    _limits,
 )

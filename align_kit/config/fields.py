@@ -32,6 +32,8 @@ class DatasetFields:
     columns: list[str] | dict[str, str] | None = option(None, "columns to keep, or {ours: theirs} to rename")
     fraction: float | None = option(None, "TRL's share of the mixture: of all entries or of none")
     weight: float | None = option(None, "sampling weight in the mixture")
+    max_share: float | None = option(None, "most that this entry may be of the mixture: 0.5 is half; others fill up")
+    epochs: float | None = option(None, "how often its rows are there, 2.5: twice and half of them again; once if None")
     format: str | None = option(
         None,
         "shape of the rows where it cannot be recognised",
@@ -90,10 +92,16 @@ class DataFields:
     dataset_test_split: str = option("test", "evaluation split of dataset_name, read when eval_strategy is on")
     dataset_streaming: bool = option(False, "stream dataset_name")
     streaming: bool = option(False, "stream datasets")
+    mixture_temperature: float | None = option(
+        None, "take entries of datasets in proportion to rows^(1/T), without weights: 1 by size, a high T all alike"
+    )
     test_split_size: float | None = option(
         None, "rows (or their share, under 1) cut off the training data to evaluate on"
     )
     ignore_bias_buffers: bool = option(False, "leave bias buffers out of DDP")
+    data_limits: dict[str, float] | None = option(
+        None, "share of rows above which a suspicion about them is an error, by its name: {dropped: 0.9}; 1 is never"
+    )
     control_tokens: str = option(
         "text",
         "what control tokens such as <|im_end|> in the data are: text, or tokens (for rows that were rendered before)",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from align_kit.data.origins import COLUMN
 
 Row = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -94,6 +96,20 @@ class BinaryCollator:
         batch = _completions(prompts, [row[ids] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
         if reference in rows[0]:
             batch["reference_logps"] = _aligned_BT([row[reference] for row in rows], batch["loss_mask"])
+        return batch
+
+
+@dataclass(frozen=True)
+class SourcedCollator:
+    """Adds to the batches of another collator what its rows are of each source, `source_parts`: B rows, S sources."""
+
+    inner: Callable[[Sequence[Row]], Batch]
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Return the batch of `rows`, as it is where the rows do not know their source."""
+        batch = self.inner(rows)
+        if COLUMN in rows[0]:
+            batch[COLUMN] = torch.tensor([row[COLUMN] for row in rows])
         return batch
 
 

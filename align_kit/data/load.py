@@ -1,6 +1,7 @@
 """Load the data a configuration names: cards, files and hub ids become one data set of canonical rows, with a report.
 
-Each entry of `datasets:` has TRL's shape plus our `weight`, `format`, `max_samples`, `revision` and `prompt_template`.
+Each entry of `datasets:` has TRL's shape plus our `weight`, `max_share`, `epochs`, `format`, `max_samples`, `revision`
+and `prompt_template`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from align_kit.cards import Card
 from align_kit.data import read, shapes
 from align_kit.data.digest import rows_digest
 from align_kit.data.mix import mix, train_test
+from align_kit.data.mixture import MIXTURE_KEYS, Asked, SourceReport, figures, resolve
 from align_kit.data.shapes import Row, Shape
 from align_kit.errors import UserError, unknown
 
@@ -27,27 +29,10 @@ if TYPE_CHECKING:
 
 SPEC_KEYS = (
     "path", "name", "data_dir", "data_files", "split", "columns", "fraction",  # TRL's
-    "weight", "format", "max_samples", "revision", "prompt_template",
+    "weight", "max_share", "epochs", "format", "max_samples", "revision", "prompt_template",
 )  # fmt: skip
 _HUB_KEYS = ("name", "data_dir", "data_files", "revision")
 _BUILDERS = ("json", "csv", "parquet", "text")  # names of load_dataset that mean "read data_files"
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What one source gave: how it was named, rows after slicing and mixing, licences, warnings, content digest."""
-
-    path: str
-    split: str
-    kind: str
-    format: str
-    rows: int
-    rows_read: int
-    licences: tuple[str, ...]
-    digest: str
-    share: float | None = None
-    warnings: tuple[str, ...] = ()
-    facts: dict[str, str] = field(default_factory=dict)  # of built-in data: version and digest of what it was made from
 
 
 @dataclass(frozen=True)
@@ -58,6 +43,7 @@ class Loaded:
     kind: str
     sources: tuple[SourceReport, ...]
     digest: str
+    origins: tuple[int, ...]  # the number of each row's source
 
     @property
     def warnings(self) -> list[str]:
@@ -76,18 +62,22 @@ class Loaded:
 
 
 @dataclass
-class _Source:
+class Opened:
+    """One source as it stands: where, its rows before they are canonical, and the shape they are read by."""
+
     where: str
     split: str
     rows: list[Row]
     shape: Shape | None
     licences: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
-    weight: float | None = None
     card_weight: float | None = None
-    fraction: float | None = None
+    mixture: dict[str, float | None] = field(default_factory=dict)  # what the entry asks of it, by key
     facts: dict[str, str] = field(default_factory=dict)
     kind: str = ""
+
+    def asked(self) -> Asked:
+        return Asked(self.where, len(self.rows), card_weight=self.card_weight, **self.mixture)
 
 
 def load(
@@ -97,6 +87,7 @@ def load(
     split_default: str = "train",
     seed: int = 0,
     data_home: str | Path | None = None,
+    temperature: float | None = None,
 ) -> Loaded:
     """Return the rows that `specs` name, mixed, as one data set of a kind that `phase` can train on.
 
@@ -104,6 +95,9 @@ def load(
     the mixture is the largest in which no source is repeated, and each source gives its first rows, one source after
     another. `weight` makes the same mixture, but each source gives a sample drawn with `seed` (in file order) and the
     sources are interleaved so that every stretch has the shares asked for; a missing weight is the card's, else 1.
+    `temperature` T takes shares in proportion to rows^(1/T) instead of weights; `max_share` caps a source's share, and
+    the others get what it leaves. `epochs` says how often a source's rows are there (2.5: twice, and half of them
+    again): a mixture may take as many from it, every pass but the first shuffled anew; alone it takes just these.
     `max_samples` keeps a source's first rows, before mixing. `data_home` overrides `$ALIGN_KIT_DATA`.
     Raises UserError for every mistake in a spec or a file.
     """
@@ -111,18 +105,18 @@ def load(
         raise unknown("phase", phase, cards.PHASE_KINDS)
     if not specs:
         raise UserError(f"no data: name a source in datasets, e.g. path: card:{_advice(phase)}")
-    sources = [_open(dict(spec), phase, split_default, cards.data_home(data_home)) for spec in specs]
+    sources = [opened(dict(spec), phase, split_default, cards.data_home(data_home)) for spec in specs]
     for source in sources:
         _canonical(source, phase)
     kind = _one_kind(sources)
-    shares = _shares(sources)
-    order = mix([len(source.rows) for source in sources], shares, seed=seed, interleave=_weighted(sources))
+    wanted = resolve([source.asked() for source in sources], temperature)
+    counts = [len(source.rows) for source in sources]
+    order = mix(counts, wanted.shares, seed=seed, interleave=wanted.interleave, epochs=wanted.epochs)
     rows = [sources[number].rows[row] for number, row in order]
     used = [sum(1 for number, _ in order if number == index) for index in range(len(sources))]
-    reports = tuple(
-        _report(source, used[place], shares[place] if shares else None) for place, source in enumerate(sources)
-    )
-    return Loaded(to_dataset(kind, rows), kind, reports, rows_digest(rows))
+    shared = figures(wanted, counts, used)
+    reports = tuple(_report(source, size, mine) for source, size, mine in zip(sources, used, shared, strict=True))
+    return Loaded(to_dataset(kind, rows), kind, reports, rows_digest(rows), tuple(number for number, _ in order))
 
 
 def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
@@ -142,7 +136,8 @@ def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _open(spec: dict[str, Any], phase: str, split_default: str, home: Path | None) -> _Source:
+def opened(spec: dict[str, Any], phase: str, split_default: str, home: Path | None) -> Opened:
+    """Return the rows that one entry of `datasets` names, and their shape; raises `UserError` as `load` does."""
     for key in spec:
         if key not in SPEC_KEYS:
             raise unknown("key in datasets", str(key), SPEC_KEYS)
@@ -154,13 +149,13 @@ def _open(spec: dict[str, Any], phase: str, split_default: str, home: Path | Non
     if path.startswith("card:") or path.endswith(".md"):
         source = _open_card(cards.load_card(path.removeprefix("card:")), spec, split, phase, home)
     elif path in _BUILDERS or "data_files" in spec or _is_local(path):
-        source = _Source(path, split, _read_local(path, spec, split), None)
+        source = Opened(path, split, _read_local(path, spec, split), None)
     else:
         source = _open_hub(path, spec, split, phase)
     return _settle(source, spec)
 
 
-def _settle(source: _Source, spec: dict[str, Any]) -> _Source:
+def _settle(source: Opened, spec: dict[str, Any]) -> Opened:
     """Apply what a spec says beyond where the rows are; it wins over the card."""
     columns = spec.get("columns")
     if isinstance(columns, (list, tuple)):
@@ -185,8 +180,7 @@ def _settle(source: _Source, spec: dict[str, Any]) -> _Source:
         shape = replace(shape, prompt_template=spec["prompt_template"])
     source.shape = shape
     source.rows = source.rows[: _positive(spec, "max_samples", int) or len(source.rows)]
-    source.fraction = _positive(spec, "fraction", float)
-    source.weight = _positive(spec, "weight", float)
+    source.mixture = {key: _positive(spec, key, float) for key in MIXTURE_KEYS}
     return source
 
 
@@ -195,7 +189,7 @@ def _named(columns: Mapping[str, str], row: Row) -> Shape:
     return shapes.recognise([*columns, *(set(row) - set(columns.values()))])
 
 
-def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> _Source:
+def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: Path | None) -> Opened:
     block = card.block
     _refuse(spec, ("data_files",) if block.source.kind == "hub" else _HUB_KEYS, f"card:{card.name}")
     ours = cards.parse_slice(split)[0]
@@ -204,7 +198,7 @@ def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
     theirs = block.splits[ours]
     where = f"card:{card.name}"
     shape = Shape(block.format, dict(block.columns), block.prompt_template)
-    source = _Source(where, split, [], shape, card.licences, card.warnings(), card_weight=block.weight)
+    source = Opened(where, split, [], shape, card.licences, card.warnings(), card_weight=block.weight)
     if block.source.kind == "builtin":
         source.rows, source.facts = _builtin(block.source.path, theirs, split)
     else:
@@ -252,7 +246,7 @@ def _card_rows(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
         ) from None
 
 
-def _open_hub(path: str, spec: dict[str, Any], split: str, phase: str) -> _Source:
+def _open_hub(path: str, spec: dict[str, Any], split: str, phase: str) -> Opened:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         read.require_file(Path(path))
     hub = {key: spec.get(key) for key in ("name", "data_dir", "revision")}
@@ -262,7 +256,7 @@ def _open_hub(path: str, spec: dict[str, Any], split: str, phase: str) -> _Sourc
         known = cards.card_names()
         hint = f"; did you mean card:{path}?" if path in known else ""
         raise UserError(f"{error}{hint}; without a download, use {_alternative(phase)}") from None
-    return _Source(path, split, rows, None, (), [f"{path}: its licence is not known here; write a card to record it"])
+    return Opened(path, split, rows, None, (), [f"{path}: its licence is not known here; write a card to record it"])
 
 
 def _is_local(path: str) -> bool:
@@ -310,7 +304,7 @@ def _positive(spec: dict[str, Any], key: str, kind: type[int] | type[float]) -> 
     return value
 
 
-def _canonical(source: _Source, phase: str) -> None:
+def _canonical(source: Opened, phase: str) -> None:
     assert source.shape is not None
     columns = list(source.rows[0]) if source.rows else []
     source.kind, source.rows = shapes.convert(source.rows, source.shape, source.where)
@@ -318,7 +312,7 @@ def _canonical(source: _Source, phase: str) -> None:
     source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase)
 
 
-def _one_kind(sources: Sequence[_Source]) -> str:
+def _one_kind(sources: Sequence[Opened]) -> str:
     first = sources[0]
     for source in sources[1:]:
         if source.kind != first.kind:
@@ -329,31 +323,13 @@ def _one_kind(sources: Sequence[_Source]) -> str:
     return first.kind
 
 
-def _weighted(sources: Sequence[_Source]) -> bool:
-    """Tell whether weights decide the mixture: one given in a spec, or a card's where no spec says otherwise."""
-    if any(source.fraction is not None for source in sources):
-        return any(source.weight is not None for source in sources)
-    return any((source.weight or source.card_weight) is not None for source in sources)
-
-
-def _shares(sources: Sequence[_Source]) -> list[float] | None:
-    fractions = [source.fraction for source in sources if source.fraction is not None]
-    if fractions and _weighted(sources):
-        raise UserError("datasets: fraction and weight were both given; drop one")
-    if fractions and len(fractions) < len(sources):
-        raise UserError("datasets: fraction must be given for every source or for none")
-    if len(sources) == 1 or not (fractions or _weighted(sources)):
-        return None
-    parts = fractions or [source.weight or source.card_weight or 1.0 for source in sources]
-    return [part / sum(parts) for part in parts]
-
-
-def _report(source: _Source, used: int, share: float | None) -> SourceReport:
+def _report(source: Opened, used: int, shared: Mapping[str, Any]) -> SourceReport:
     assert source.shape is not None
+    said = [] if used else [f"{source.where}: its share is less than one row, so none of its rows is used"]
     return SourceReport(
         path=source.where, split=source.split, kind=source.kind, format=source.shape.format, rows=used,
-        rows_read=len(source.rows), licences=source.licences, digest=rows_digest(source.rows), share=share,
-        warnings=tuple(source.warnings), facts=source.facts,
+        rows_read=len(source.rows), licences=source.licences, digest=rows_digest(source.rows),
+        warnings=(*source.warnings, *said), facts=source.facts, **shared,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
@@ -83,14 +84,59 @@ def _jsonl(path: Path) -> list[Row]:
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a row must be a JSON object, got {type(row).__name__}")
-        rows.append(row)
+        rows.append(parse_line(line, f"{path}, line {number}"))
     return rows
+
+
+def parse_line(line: str | bytes, where: str) -> Row:
+    """Return the row that one line of JSON lines holds; raises UserError that begins with `where`."""
+    try:
+        row = json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        raise UserError(f"{where}: not JSON: {said}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
+    return row
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a JSON lines file that hold something, with their numbers from 1, one at a time."""
+    require_file(path)
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield number, line
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of a file with their numbers from 1 (lines of JSON lines); Parquet is read batch by batch.
+
+    Only .json and .csv are read whole, since they have no rows that could be found without reading all before.
+    """
+    if path.suffix == ".jsonl":
+        for number, line in numbered_lines(path):
+            yield number, parse_line(line, f"{path}, line {number}")
+    elif path.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path), start=1)
+    else:
+        yield from enumerate(read_files([path]), start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    require_file(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not Parquet: {error}") from None
 
 
 def _json(path: Path) -> list[Row]:

@@ -95,6 +95,10 @@ class Renderer:
             split.append(Split(prompt[:length], rest, shortened=length < len(prompt)))
         return split
 
+    def rendered(self, messages: list[Row], row: Row) -> str:
+        """Return what the chat template makes of `messages`, with the tools and variables of `row`."""
+        return self._template(messages, row)
+
     def conversations(self, rows: Sequence[Row]) -> list[Ids]:
         """Return the ids of each row's messages, as the chat template ends them."""
         owns = [self._own(row) for row in rows]

@@ -39,7 +39,8 @@ class TokeniseReport:
     """What tokenising did. `dropped`: reason -> rows; `cut`: rows that lost tokens to max_length but stayed;
     `unended`: untruncated rows whose last trained tokens hold no end token; `control_rows`: rows that spell control
     tokens, encoded as text; `separated_rows`: those among them with strings that spell an end of documents inside;
-    `leftover_tokens`: the packed tail.
+    `leftover_tokens`: the packed tail. `suspected`: suspicion (`config.suspicions`) -> rows, of those `inspected` and
+    of the conversations `rendered` to look at; `first`: the number, from 1, of the first such row.
     """
 
     kind: str
@@ -58,7 +59,12 @@ class TokeniseReport:
     trained_tokens: int = 0
     max_tokens: int = 0
     leftover_tokens: int = 0
+    inspected: int = 0
+    rendered: int = 0
+    suspected: dict[str, int] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
     digest: str = ""
+    place: str = ""  # the folder's name in the cache
     cached: bool = False
 
     @property
@@ -70,6 +76,11 @@ class TokeniseReport:
     def drop(self, reason: str) -> None:
         """Count one dropped row."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def suspect(self, name: str) -> None:
+        """Count one suspicious row, the last one inspected."""
+        self.suspected[name] = self.suspected.get(name, 0) + 1
+        self.first.setdefault(name, self.inspected)
 
     def keep(self, tokens: int, trained: int, longest: int) -> None:
         """Count one kept row: the tokens and trained tokens of its sequences together, and its longest sequence."""
@@ -96,6 +107,8 @@ class TokeniseReport:
             (self.unended, "rows train no end token"),
             (self.prompt_shortened, "prompts end earlier once completed (tokens merge, or the template differs)"),
             (self.control_rows, "rows hold control tokens as text"),
+            (self.suspected.get("repeated", 0), "rows stand more than once"),
+            (self.suspected.get("contradicted", 0), "rows say the opposite of others"),
         ):
             if count:
                 said.append(f"{self._share(count)} {what}")

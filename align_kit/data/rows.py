@@ -14,16 +14,20 @@ TOO_LONG = "longer than max_length"
 EMPTY_TEXT = "empty text"
 NOTHING_TRAINED = "no token to predict"
 
-Maker = Callable[[Sequence[Row], Renderer, TokeniseOptions, TokeniseReport], Iterator[Row]]
+# Yields one tokenised row for each given, in order: None for one that is dropped, which is counted.
+Maker = Callable[[Sequence[Row], Renderer, TokeniseOptions, TokeniseReport], Iterator[Row | None]]
 
 
 def _text_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
-    texts = [row["text"] for row in rows if row["text"].strip()]
-    for _ in range(len(rows) - len(texts)):
-        report.drop(EMPTY_TEXT)
-    for ids in renderer.texts(texts):
+) -> Iterator[Row | None]:
+    texts = iter(renderer.texts([row["text"] for row in rows if row["text"].strip()]))
+    for row in rows:
+        if not row["text"].strip():
+            report.drop(EMPTY_TEXT)
+            yield None
+            continue
+        ids = next(texts)
         if options.packing:
             yield {"input_ids": ids}
         else:
@@ -32,7 +36,7 @@ def _text_rows(
 
 def _completion_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
+) -> Iterator[Row | None]:
     assistants = renderer.assistant_masks(rows) if options.assistant_only_loss else None
     for place, split in enumerate(renderer.completions(rows, ["completion"])):
         prompt, (completion,) = split.prompt, split.completions
@@ -47,7 +51,7 @@ def _completion_rows(
 
 def _message_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
+) -> Iterator[Row | None]:
     if options.assistant_only_loss:
         for ids, mask in renderer.assistant_masks(rows):
             yield from _language(ids, mask, renderer, options, report)
@@ -58,25 +62,28 @@ def _message_rows(
 
 def _language(
     ids: Ids, mask: list[int], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
-    """Truncate one language row as TRL does, count it, and yield it unless nothing trained is left."""
+) -> Iterator[Row | None]:
+    """Truncate one language row as TRL does, count it, and yield it, or None where nothing trained is left."""
     limit = options.max_length
     trained = sum(mask)
     report.unended += not renderer.ends([token for token, kept in zip(ids, mask, strict=True) if kept])
     if limit is not None and len(ids) > limit:
         if options.truncation_mode == "drop":
             report.drop(TOO_LONG)
+            yield None
             return
         kept = slice(None, limit) if options.truncation_mode == "keep_start" else slice(-limit, None)
         ids, mask = ids[kept], mask[kept]
         if not any(mask):
             report.drop(PROMPT_FILLS)
+            yield None
             return
         report.cut += 1
         report.cut_completions += sum(mask) < trained
     # The first token has nothing before it to be predicted from.
     if not any(mask[1:]):
         report.drop(NOTHING_TRAINED)
+        yield None
         return
     report.keep(len(ids), sum(mask), len(ids))
     yield {"input_ids": ids, "loss_mask": mask}
@@ -84,10 +91,11 @@ def _language(
 
 def _preference_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
+) -> Iterator[Row | None]:
     for row, split in zip(rows, renderer.completions(rows, ["chosen", "rejected"]), strict=True):
         fitted = _fit(split, renderer, options, report)
         if fitted is None:
+            yield None
             continue
         prompt, (chosen, rejected) = fitted
         report.empty_completions += not (row["chosen"] and row["rejected"])
@@ -97,10 +105,11 @@ def _preference_rows(
 
 def _binary_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
+) -> Iterator[Row | None]:
     for row, split in zip(rows, renderer.completions(rows, ["completion"]), strict=True):
         fitted = _fit(split, renderer, options, report)
         if fitted is None:
+            yield None
             continue
         prompt, (completion,) = fitted
         report.empty_completions += not row["completion"]
@@ -109,7 +118,7 @@ def _binary_rows(
 
 def _prompt_rows(
     rows: Sequence[Row], renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
-) -> Iterator[Row]:
+) -> Iterator[Row | None]:
     """Yield prompts to write from, with what a reward may ask for: the prompt as given and its answer, or None.
 
     A prompt is never cut; one that fills max_length is dropped.
@@ -117,6 +126,7 @@ def _prompt_rows(
     for row, prompt in zip(rows, renderer.prompts(rows), strict=True):
         if options.max_length is not None and len(prompt) >= options.max_length:
             report.drop(PROMPT_FILLS)
+            yield None
             continue
         report.keep(len(prompt), 0, len(prompt))
         yield {"prompt_ids": prompt, "prompt": row["prompt"], "answer": row.get("answer")}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from align_kit.cards import FORMAT_KINDS, PHASE_KINDS
-from align_kit.errors import UserError
+from align_kit.errors import UserError, unknown
 
 Row = dict[str, Any]
 
@@ -32,6 +32,8 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+# The ones chat templates know. Any other would be trained on as whoever the template takes it for.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
 _HH_TURN = "\n\nAssistant:"  # how Anthropic's transcripts begin an answer
 
 
@@ -75,13 +77,19 @@ _SIGNATURES: tuple[tuple[tuple[str, ...], str, dict[str, str]], ...] = (
 
 
 def convert(rows: Iterable[Row], shape: Shape, where: str) -> tuple[str, list[Row]]:
-    """Return the kind and the canonical rows of `rows`; `where` names the source in messages.
+    """Return the kind and the canonical rows of `rows`, as `converted` gives them one by one."""
+    pairs = list(converted(rows, shape, where))
+    return (pairs[-1][0] if pairs else ""), [row for _, row in pairs]
+
+
+def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[str, Row]]:
+    """Yield each row's kind, which is one for all, and its canonical form; `where` names the source in messages.
 
     Raises UserError for a missing column (with the nearest), and for a row whose value has the wrong type (with its
     number, counted from 1).
     """
     reader = _READERS[shape.format]
-    kind, converted = "", []
+    kind = ""
     for number, row in enumerate(rows, start=1):
         try:
             row_kind, canonical = reader(_Picker(row, shape.columns))
@@ -92,8 +100,7 @@ def convert(rows: Iterable[Row], shape: Shape, where: str) -> tuple[str, list[Ro
         if kind and row_kind != kind:
             raise UserError(f"{where}, row {number}: a {row_kind} row in a {kind} file; split the file by kind")
         kind = row_kind
-        converted.append(_templated(canonical, shape.prompt_template))
-    return kind, converted
+        yield kind, _templated(canonical, shape.prompt_template)
 
 
 def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> None:
@@ -107,9 +114,13 @@ def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> No
     users = [name for name, kinds in PHASE_KINDS.items() if kind in kinds and name != "eval"]
     if phase == "pretrain" and kind in ("messages", "prompt_completion"):
         users.append("or write the text out into a 'text' column")
+    found = f"; columns found: {', '.join(columns)}" if columns else ""
+    missing = [name for name in KIND_COLUMNS[allowed[0]] if name not in columns]
+    if found and len(missing) < len(KIND_COLUMNS[allowed[0]]):
+        found += f", missing: {', '.join(missing)}"
     raise UserError(
         f"{where}: {kind} rows cannot be used by {phase}, which takes {' or '.join(allowed)}; "
-        f"{kind} rows are for {', '.join(users)}" + (f"; columns found: {', '.join(columns)}" if columns else "")
+        f"{kind} rows are for {', '.join(users)}{found}"
     )
 
 
@@ -314,8 +325,12 @@ def _message(turn: Row, name: str) -> Row:
     message = {"role": _ROLES.get(role, role), "content": content}
     if role == "function_call":
         message = {**message, "content": "", "tool_calls": _tool_calls(content)}
+    elif message["role"] not in ROLES:
+        raise ValueError(f"{unknown(f'role in {name}', role, ROLES)}; rename it")
     elif content is None and not rest.get("tool_calls"):
         raise ValueError(f"a {role} message in {name} has no content")
+    elif not isinstance(content, str | list | None):
+        raise ValueError(f"the content of a {role} message in {name} must be text, got {_short(content)}")
     # Arrow fills absent keys with null; templates that ask "is defined" must not see them.
     return {**message, **{key: item for key, item in rest.items() if item is not None}}
 

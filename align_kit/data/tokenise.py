@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit.data import store
+from align_kit.data import health, store
 from align_kit.data.digest import canonical_json, rows_digest, text_digest
+from align_kit.data.origins import COLUMN, Origins, Spans
 from align_kit.data.render import Ids, Renderer, Row
 from align_kit.data.report import TokeniseOptions, TokeniseReport
 from align_kit.data.rows import LANGUAGE_KINDS, ROW_MAKERS
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every cache key: raise it whenever the same input may give other tokens or columns.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BATCH_ROWS = 1000
 
 
@@ -37,28 +38,32 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     options: TokeniseOptions,
     cache_dir: str | Path,
+    origins: Origins | None = None,
 ) -> tuple[Dataset, TokeniseReport]:
     """Return the tokenised rows of `dataset` (canonical rows of `kind`) and the report of how they came about.
 
     The result lies in one folder below `cache_dir`, named by the digest of the rows, the tokenizer, the options and
-    this module's schema version; ranks and runs with the same key read the same file. Raises UserError when no row
-    is left, naming why.
+    this module's schema version; ranks and runs with the same key read the same file. With `origins` each row says
+    which source it is of (`source_parts`), and the folder's name depends on that too. Raises UserError when no row is
+    left, naming why.
     """
     if kind not in ROW_MAKERS:
         raise unknown("row kind", kind, ROW_MAKERS)
     _check_fit(kind, options)
     key = cache_key(dataset, kind, tokenizer, options)
+    place = key if origins is None else origins.key(key)
+    columns = _COLUMNS[kind] | ({} if origins is None else {COLUMN: "ids"})
 
     def build(write: Callable[[dict[str, list[Any]]], None]) -> dict[str, Any]:
-        report = TokeniseReport(kind=kind, rows_in=len(dataset), digest=key)
+        report = TokeniseReport(kind=kind, rows_in=len(dataset), digest=key, place=place)
         renderer = Renderer(tokenizer, options.chat_template, options.control_tokens)
-        made = _made(dataset, kind, renderer, options, report)
+        made = _made(dataset, kind, renderer, options, report, origins)
         _write_packed(made, options, report, write) if options.packing else _write_rows(made, write)
         if not report.rows_out:
             raise UserError(f"no row is left to train on: {report.sentence()}; raise max_length or add data")
         return asdict(report)
 
-    rows, stored, cached = store.fetch(Path(cache_dir) / key, _COLUMNS[kind], build)
+    rows, stored, cached = store.fetch(Path(cache_dir) / place, columns, build)
     return rows, TokeniseReport(**{**stored, "cached": cached})
 
 
@@ -114,15 +119,23 @@ _COLUMNS: dict[str, dict[str, str]] = {
 
 
 def _made(
-    dataset: Dataset, kind: str, renderer: Renderer, options: TokeniseOptions, report: TokeniseReport
+    dataset: Dataset,
+    kind: str,
+    renderer: Renderer,
+    options: TokeniseOptions,
+    report: TokeniseReport,
+    origins: Origins | None,
 ) -> Iterator[list[Row]]:
     """Yield tokenised rows in batches; dropped rows are counted and left out."""
     make = ROW_MAKERS[kind]
+    seen: health.Seen = {}
     for start in range(0, len(dataset), BATCH_ROWS):
         batch = dataset[start : start + BATCH_ROWS]
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        health.inspect(rows, kind, renderer, report, seen)
         renderer.count_control(rows, report)
-        yield list(make(rows, renderer, options, report))
+        tokenised = make(rows, renderer, options, report)
+        yield [row for row in (origins.attached(tokenised, start) if origins else tokenised) if row is not None]
 
 
 def _write_rows(made: Iterator[list[Row]], write: Callable[[dict[str, list[Any]]], None]) -> None:
@@ -139,9 +152,17 @@ def _write_packed(
 ) -> None:
     assert options.max_length is not None
     mask = [1] * options.max_length
-    documents = (row["input_ids"] for rows in made for row in rows)
-    for rows in _full_rows(documents, options.max_length, report):
-        write({"input_ids": rows, "loss_mask": [mask] * len(rows)})
+    spans = Spans()
+
+    def documents() -> Iterator[Ids]:
+        for rows in made:
+            for row in rows:
+                spans.add(row)
+                yield row["input_ids"]
+
+    for rows in _full_rows(documents(), options.max_length, report):
+        sources = spans.columns(len(rows), options.max_length)
+        write({"input_ids": rows, "loss_mask": [mask] * len(rows), **sources})
 
 
 def _full_rows(documents: Iterator[Ids], length: int, report: TokeniseReport) -> Iterator[list[Ids]]:

@@ -97,10 +97,10 @@ def value_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return pack.spread(model(pack=pack, role="value", states=True).states)
     ids_BT, attention_BT = batch["input_ids"], batch["attention_mask"]
     output: Any = model(input_ids=ids_BT, attention_mask=attention_BT, role="value", states=True)
-    return output.states[:, :-1] * _predicted(batch)[..., None]  # type: ignore[no-any-return]
+    return output.states[:, :-1] * predicted(batch)[..., None]  # type: ignore[no-any-return]
 
 
-def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+def predicted(batch: Mapping[str, Tensor]) -> Tensor:
     """Return where a batch predicts a token that counts: B, T - 1."""
     return batch["loss_mask"][:, 1:].bool() & batch["attention_mask"][:, 1:].bool()
 
@@ -131,7 +131,7 @@ def spread(tokens: Answer, pack: Pack, batch: Mapping[str, Tensor]) -> TokenLogp
 
     return TokenLogps(
         pack.spread(tokens.logps_P),
-        _predicted(batch),
+        predicted(batch),
         pack.spread(tokens.top1_P, fill=False),
         laid(tokens.log_sum_sq_P),
         laid(tokens.entropy_P),
@@ -155,7 +155,7 @@ def read_logps(
     if temperature != 1.0:
         logits_BTV = logits_BTV.float() / temperature
     targets_BT = batch["input_ids"][:, 1:]
-    mask_BT = _predicted(batch)
+    mask_BT = predicted(batch)
     logps_BT = _selected(logits_BTV, targets_BT).masked_fill(~mask_BT, 0.0)
     with torch.no_grad():
         top1_BT = (logits_BTV.argmax(-1) == targets_BT) & mask_BT

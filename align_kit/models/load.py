@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
 from align_kit import zero
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LARGEST = 1e6  # a weight that trains is far smaller; a flipped high bit of its exponent makes it far larger
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -39,6 +43,19 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def check_one_template(source: Source) -> None:
+    """Raise `UserError` where two files of a tokenizer hold chat templates that differ: either may be meant."""
+    places = [source.folder / "chat_template.jinja", source.folder / "tokenizer_config.json"]
+    if not all(place.is_file() for place in places):
+        return
+    told = json.loads(places[1].read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(told, str) and told.strip() != places[0].read_text(encoding="utf-8").strip():
+        raise UserError(
+            f"{source.name} has two chat templates that differ, in chat_template.jinja and in tokenizer_config.json; "
+            "remove one, or name the one to use with --chat_template_path"
+        )
 
 
 @contextmanager
@@ -155,7 +172,7 @@ def _stored_model(source: Source, how: How) -> PreTrainedModel:
     labels = {"num_labels": 1} if how.head == "score" else {}
     try:
         with naming(source):
-            check_finite(source)
+            check_values(source)
             _check_head(source, how)
             read: Any = auto_class(how.head).from_pretrained(
                 str(source.folder),
@@ -220,8 +237,11 @@ def _check_loaded(source: Source, loaded: Mapping[str, Any]) -> None:
             )
 
 
-def check_finite(source: Source) -> None:
-    """Raise `UserError` for a stored tensor with NaN or infinity in it, which would train as a loss of 0 or NaN."""
+def check_values(source: Source) -> None:
+    """Raise `UserError` for a stored tensor with NaN, infinity or a number in it that no weight is.
+
+    The first two would train as a loss of 0 or NaN; the last is what a flipped bit of an exponent leaves.
+    """
     import torch
     from safetensors import safe_open
 
@@ -229,9 +249,17 @@ def check_finite(source: Source) -> None:
         with safe_open(str(file), framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 tensor = handle.get_tensor(name)
-                # One pass: a sum is finite only where every term is.
-                if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                if not tensor.is_floating_point() or tensor.numel() < 2:  # a number alone may stand for minus infinity
+                    continue
+                wide = tensor if tensor.element_size() > 1 else tensor.float()
+                low, high = (float(bound) for bound in torch.aminmax(wide))  # NaN where there is one
+                if not (isfinite(low) and isfinite(high)):
                     raise UserError(f"{source.name} holds NaN or infinity in {name}; copy or download it again")
+                if (largest := max(-low, high)) > LARGEST:
+                    raise UserError(
+                        f"{source.name} holds {largest:.1e} in {name}, which is no weight but a damaged file (none is "
+                        f"above {LARGEST:.0e}); copy or download it again"
+                    )
 
 
 def check_complete(source: Source) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from align_kit.plan.facts import EngineFacts, Held, Run, Shape
-from align_kit.plan.gathers import Coordinator
+from align_kit.plan.facts import EngineFacts, Held, Micro, Run, Shape
+from align_kit.plan.gathers import Coordinator, InMemory
 from align_kit.plan.visits import EMBEDDING, HEADS, Call, Module, called, carry, modules
 
 SETTLED_BY = 3  # forwards or more that compare the run's way of computing with the plain one
@@ -33,6 +33,7 @@ class Gathered:
     calls: float = 0.0
     agreed: list[int] = field(default_factory=list)
     most: dict[str, int] = field(default_factory=dict)
+    memory: InMemory = field(default_factory=InMemory)
 
 
 class Engine:
@@ -99,6 +100,11 @@ def _trunk(module: Module) -> Module:
     return next(m for m in module.walk() if any(EMBEDDING.search(inner.name) for inner in m.inner.values()))
 
 
+def has_engine(held: Held) -> bool:
+    """Tell whether ZeRO-3 splits a frozen model of its own."""
+    return held.shape is not None and held.placement in ("sharded", "offloaded")
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +117,7 @@ class Played:
         self.frozen = {
             held.role: Engine(held.shape, run.engine)
             for held in run.frozen
-            if held.shape is not None and held.placement in ("sharded", "offloaded")
+            if held.shape is not None and has_engine(held)
         }
 
     @property
@@ -194,18 +200,31 @@ class Played:
     def gathered(self) -> list[Gathered]:
         """Return what every engine gathered since `forget`."""
         pairs = [(engine.shape, engine.coordinator) for engine in self.engines]
-        return [Gathered(s, Counter(did.gathered), did.calls, list(did.agreed), dict(did.most)) for s, did in pairs]
+        return [
+            Gathered(shape, Counter(did.gathered), did.calls, list(did.agreed), dict(did.most), did.memory)
+            for shape, did in pairs
+        ]
+
+
+def without_sizes(run: Run) -> Run:
+    """Return the run without what gathers do not depend on, so that candidates of a plan share what was played."""
+    nothing = Micro(0, 0, 0, 0, 0)
+    alike = {"mean": nothing, "worst": nothing, "steps": 0, "accumulation": 1, "per_device": 1, "world_size": 1}
+    return replace(run, **alike, nodes=1, checkpoints_made=0, checkpoints_kept=0, notes=())  # type: ignore[arg-type]
 
 
 WARM_UP = 3  # micro-batches until traces have settled: one is dropped, one recorded, one gathered by
 
 
 @functools.lru_cache(maxsize=64)
-def played(run: Run, micros: int) -> list[Gathered]:
-    """Return what one step (or iteration) of `run` gathers with `micros` micro-batches, once traces have settled."""
+def played(run: Run, micros: int, begun: int | None = None) -> list[Gathered]:
+    """Return what one step (or iteration) of `run` gathers with `micros` micro-batches, once traces have settled.
+
+    Or after as many steps (or iterations) as have `begun`.
+    """
     play = Played(run, micros)
     play.start()
-    for _ in range(math.ceil(WARM_UP / micros)):
+    for _ in range(math.ceil(WARM_UP / micros) if begun is None else begun):
         play.cycle()
     play.forget()
     play.cycle()

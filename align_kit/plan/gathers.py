@@ -10,21 +10,55 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
-from align_kit.plan.visits import Call, Module
+from align_kit.plan.visits import HEADS, Call, Module
 
 INVALID, RECORDING, COMPLETE = range(3)
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, LEARNING, BACKWARD = "forward", "learning", "backward"  # of which the second is followed by the third
 NEVER = -(10**10)
+GLOO_THREADS = 2  # of a process group (torch: `ProcessGroupGloo::Options`)
+At = tuple[str, int, bool]  # a pass, how many layers have run in it (in a backward: are left), and whether a head runs
+
+
+@dataclass
+class Bucket:
+    """An all-gather of several parameters that are not used yet, and the elements of the buffer it fills.
+
+    Once the first is used all are joined of their shards; the buffer goes with the last (`AllGatherCoalescedHandle`).
+    """
+
+    waiting: set[int]
+    elements: int
+    joined: bool = False
+
+
+@dataclass
+class InMemory:
+    """Elements that are in memory beside those that always are: the most at each place of a pass.
+
+    `held` while modules compute: whole parameters, and the buffers of all-gathers. Gloo receives in copies (see
+    `Coordinator.copies`): `copied` are the same with those, `arriving` the most there was just before.
+    """
+
+    held: dict[At, int] = field(default_factory=lambda: defaultdict(int))
+    copied: dict[At, int] = field(default_factory=lambda: defaultdict(int))
+    arriving: dict[At, int] = field(default_factory=lambda: defaultdict(int))
+
+    def note(self, at: At, held: int, copies: int, arriving: int) -> None:
+        """Note what is there `at` a place of a pass."""
+        self.held[at] = max(self.held[at], held)
+        self.copied[at] = max(self.copied[at], held + copies)
+        self.arriving[at] = max(self.arriving[at], arriving)
 
 
 class Coordinator:
     """Gathers and releases parameters as modules run; `sizes` are their elements, places tell them apart.
 
     `gathered` counts how often each was gathered, `calls` in how many all-gathers, and `agreed` lists the broadcasts
-    that compare the ranks' traces by the numbers in them, `most` the elements whole at once in each pass; since
-    `forget`.
+    that compare the ranks' traces by the numbers in them, `most` the elements whole at once in each pass, and `memory`
+    what of them lies in memory; since `forget`.
     """
 
     def __init__(
@@ -43,6 +77,13 @@ class Coordinator:
         self.here = [False] * len(sizes)
         self.active: list[set[int]] = [set() for _ in sizes]
         self.in_flight: set[int] = set()
+        self.buckets: dict[int, Bucket] = {}  # by place, of what is in flight
+        self.twice = 0  # elements that lie in a bucket and joined, too
+        self.flying: dict[int, int] = {}  # elements of all-gathers that need not be through, by their number
+        self.number = 0
+        self.numbers: dict[int, int] = {}  # of the latest all-gather of each place
+        self.arriving = 0  # the most elements in memory while the latest module was fetched
+        self.depth = 0
         self.live = 0  # DeepSpeed's own count, which begins anew with each forward
         self.whole = 0
         self.passing = FORWARD
@@ -64,19 +105,20 @@ class Coordinator:
         self.calls = 0
         self.agreed: list[int] = []  # numbers in each broadcast by which ranks agree on a trace
         self.most = {FORWARD: 0, BACKWARD: 0}  # elements whole at once, but for those that always are
+        self.memory = InMemory()
 
     # --- the passes of an engine ---
 
     def forward(self, calls: Iterable[Call], *, learns: bool = False) -> None:
         """Run a forward of the whole engine; where it `learns` a backward follows, sooner or later."""
-        self.passing = FORWARD
+        self.passing, self.depth = LEARNING if learns else FORWARD, 0
         self._begin()
         for call in calls:
             self._forward(call, learns)
 
     def backward(self, calls: Sequence[Call], *, recompute: bool = False) -> None:
         """Run its backward; with `recompute`, layers are computed again when the gradient reaches them."""
-        self.passing = BACKWARD
+        self.passing, self.depth = BACKWARD, sum(map(_layers, calls))
         for call in reversed(calls):
             self._backward(call, recompute)
         for module in [*self.backward_of.values()][::-1]:
@@ -91,18 +133,20 @@ class Coordinator:
                 self._gather([place])
         for place in places:
             self._set(place, False)
+        self.flying.clear()
 
     def update(self) -> None:
         """Take an optimizer step: everything is let go, then the small parameters are gathered one by one."""
         for place in range(len(self.sizes)):
             self.active[place].clear()
             self._release(place)
-        self.in_flight.clear()
+        self._arrive()
         for place, stays in enumerate(self.persistent):
             if stays:
                 live = self.live
                 self._gather([place])
                 self.live = live  # not by the coordinator
+        self.flying.clear()
 
     # --- the trace ---
 
@@ -130,7 +174,14 @@ class Coordinator:
     def _land(self) -> None:
         for place in self.in_flight:
             self._release(place)
+        self._arrive()
+
+    def _arrive(self) -> None:
+        """Have nothing in flight any more."""
         self.in_flight.clear()
+        self.buckets.clear()
+        self.flying.clear()
+        self.twice = 0
 
     def _enter(self, module: Module) -> None:
         if self.mode == COMPLETE and (self.step >= len(self.order) or self.order[self.step] is not module):
@@ -150,18 +201,22 @@ class Coordinator:
         self._enter(call.module)
         self.awaited[id(call.module)] = int(learns and call.takes)
         self._fetch(call.module)
+        self._weigh(call.module)
         if call is stop_at or not all(self._forward(inner, learns, stop_at) for inner in call.calls):
             return False
         self._leave(call.module)
+        self.depth += call.module.is_layer and not self.recomputing
         return True
 
     def _backward(self, call: Call, recompute: bool, waiting: Call | None = None) -> Call | None:
         """Run the backward of `call`; `waiting` is the layer around it that is not computed again yet, returned so."""
         if not call.gives:
+            self.depth -= _layers(call)
             return waiting
         self._enter(call.module)
         self.backward_of[id(call.module)] = call.module
         self._fetch(call.module)
+        self._weigh(call.module)
         if recompute and call.module.is_layer and waiting is None:
             waiting = call
         if waiting is not None and not call.calls:
@@ -170,6 +225,7 @@ class Coordinator:
         outer = waiting
         for inner in reversed(call.calls):
             outer = self._backward(inner, recompute and not call.module.is_layer, outer)
+        self.depth -= call.module.is_layer
         if call.takes:
             self.awaited[id(call.module)] -= 1
             if self.awaited[id(call.module)] == 0:
@@ -203,10 +259,11 @@ class Coordinator:
     def _fetch(self, module: Module) -> None:
         """Gather what a module needs, then ahead of it what comes next in the trace."""
         own = set(module.own)
+        self.arriving = 0
         self._gather([place for place in own if not self.here[place]])
         for place in own:
             self.active[place].add(id(module))
-            self.in_flight.discard(place)
+            self._use(place)
             if self.recomputing and self.backward_of and not self.trained[place]:
                 owner = next(reversed(self.backward_of))
                 self.recomputed[owner].add(place)
@@ -235,19 +292,53 @@ class Coordinator:
                 elements += self.sizes[place]
         self._gather(ahead)
         self.in_flight |= ahead
+        if len(ahead) > 1:
+            self.buckets.update(dict.fromkeys(ahead, Bucket(set(ahead), elements)))
 
     # --- parameters ---
+
+    def _weigh(self, module: Module) -> None:
+        """Note what is held while `module` computes."""
+        at = self.passing, self.depth, any(word in HEADS for word in module.name.split("."))
+        self.memory.note(at, self.whole + self.twice, self.copies(), self.arriving)
+
+    def copies(self) -> int:
+        """Return the elements of copies in which gloo receives: one for each of its threads.
+
+        One more is made, and gone again, as a collective is handed in. What was asked for is received in order.
+        """
+        return sum(sorted(self.flying.values())[-GLOO_THREADS:])
+
+    def _use(self, place: int) -> None:
+        """Take a parameter out of flight."""
+        self.in_flight.discard(place)
+        number = self.numbers.pop(place, 0)
+        self.flying = {later: elements for later, elements in self.flying.items() if later > number}
+        bucket = self.buckets.pop(place, None)
+        if bucket is None:
+            return
+        self.twice += 0 if bucket.joined else bucket.elements
+        bucket.joined = True
+        self.arriving = max(self.arriving, self.whole + self.twice)
+        bucket.waiting.discard(place)
+        self.twice -= 0 if bucket.waiting else bucket.elements
 
     def _gather(self, places: Iterable[int]) -> None:
         places = list(places)
         if not places:
             return
         self.calls += 1
+        self.number += 1
+        elements, copies = sum(self.sizes[place] for place in places), self.copies()
+        self.flying[self.number] = elements
+        self.numbers.update(dict.fromkeys(places, self.number))
+        self.arriving = max(self.arriving, self.whole + self.twice + 2 * elements + copies)
         for place in places:
             self.gathered[place] += 1
             self._set(place, True)
             self.live += self.sizes[place]
-        self.most[self.passing] = max(self.most[self.passing], self.whole)
+        passing = BACKWARD if self.passing == BACKWARD else FORWARD
+        self.most[passing] = max(self.most[passing], self.whole)
 
     def _release(self, place: int) -> None:
         if self.here[place] and not self.active[place]:
@@ -276,3 +367,8 @@ class Coordinator:
         if again == len(steps):
             return False
         return self.traversed[steps[again]] - self.traversed[min(self.step, len(self.order))] < self.reuse
+
+
+def _layers(call: Call) -> int:
+    """Return how many layers run in a call."""
+    return int(call.module.is_layer) + sum(map(_layers, call.calls))

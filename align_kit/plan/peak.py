@@ -7,96 +7,142 @@ P predictions, V vocabulary, H hidden, N tokens of a row.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
 from align_kit.plan.activations import block_for
+from align_kit.plan.engines import has_engine
 from align_kit.plan.facts import Block, Held, Micro, Rollout, Run, Shape, Weight
+from align_kit.plan.gathers import BACKWARD, FORWARD, GLOO_THREADS, LEARNING
+from align_kit.plan.state import resident
+from align_kit.plan.whole import Whole
 
 FP32, FP64 = 4, 8
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of the head that live together: `forward.head.CHUNK`
 NEAR = 1 << 18  # of which those that are exponentiated together on a CPU: `forward.head.NEAR`
+REFRESHED = 1 << 26  # elements of a copied policy that are gathered together: `trainers.rollout.CHUNK`
 SUBGROUP = 1_000_000_000  # elements that ZeRO-3 updates at a time: DeepSpeed's sub_group_size
 Parts = dict[str, float]
 
 
-def moments(run: Run, device: str = "cpu") -> dict[str, dict[str, int]]:
+def moments(run: Run, device: str = "cpu", begun: int | None = None) -> dict[str, dict[str, int]]:
     """Return the bytes above what is persistent, by moment and component, on ranks whose device is "cpu" or "cuda".
 
-    "forward" is the begin of a micro-batch's forward, "head" where it turns into the backward, "backward" the begin of
-    the latter in the layers, "reduce" its end; "reference" is a frozen model's forward before the head turns, "step"
-    the optimizer's, "save" the storing of the final model.
+    "forward" is a micro-batch's forward in the layers, "head" where it turns into the backward, "backward" the latter
+    in the layers, "reduce" its end; "reference" is a frozen model's forward before the head turns, "step" the
+    optimizer's, "save" the storing of the final model. `begun`: after so many steps (of an online phase: iterations),
+    while ZeRO-3 learns in which order modules run; else once it knows.
     """
+    whole = Whole.of(run, device, begun)
     found = {
-        "forward": _begin(run, device),
-        "head": _head(run, device),
-        "backward": _backward(run, device),
-        "reduce": _reduce(run, device),
+        "forward": _begin(run, device, whole),
+        "head": _head(run, device, whole),
+        "backward": _backward(run, device, whole),
+        "reduce": _reduce(run, device, whole),
         "step": _step(run, device),
         "save": _save(run, device),
     }
     if run.rollout:
-        found |= {"rollout": _rollout(run, run.rollout), "score": _score(run, run.rollout, device)}
+        found |= {"rollout": _rollout(run, run.rollout, device), "score": _score(run, run.rollout, device, whole)}
     elif computing := [held for held in run.frozen if held.placement != "cached"]:
-        found["reference"] = _reference(run, computing, device)
+        found["reference"] = _reference(run, computing, device, whole)
     return {moment: {name: round(size) for name, size in parts.items() if size >= 1} for moment, parts in found.items()}
 
 
 # --- a micro-batch ------------------------------------------------------------------------------------------------
 
 
-def _begin(run: Run, device: str) -> Parts:
-    """The first layers compute, while weights are fetched ahead."""
-    return {
-        "activations": _block(run, run.policy).forward * run.worst.tokens,
-        "gathered": _ahead(run, run.policy),
-        "gradients in flight": _gradients(run, device).before,
-    }
+def _begin(run: Run, device: str, whole: Whole) -> Parts:
+    """A layer computes, while weights are fetched ahead."""
+    layer, last = _block(run, run.policy).forward * run.worst.tokens, _layers(run) - 1
+    found = whole.by(LEARNING) or {last: 0}
+    ways: list[Parts] = []
+    for depth, held in found.items():
+        before = min(depth, last)
+        kept = {"activations": _kept(run, before) + layer, "head": _kept_logits(run, before, device)}
+        ways.append({**kept, "gathered": held})
+    ways += ({"activations": _kept(run, depth), "gathered": n} for depth, n in whole.come(LEARNING).items())
+    return {**_most(ways), "gradients in flight": _gradients(run, device).before}
 
 
-def _head(run: Run, device: str) -> Parts:
-    """A chunk of logits becomes their gradient; the head's own gradient is summed up in fp32."""
+def _most(ways: Iterable[Parts]) -> Parts:
+    return max(ways, key=lambda parts: sum(parts.values()))
+
+
+def _head(run: Run, device: str, whole: Whole) -> Parts:
+    """A chunk of logits becomes their gradient; the head's own gradient is summed up in fp32.
+
+    Of a policy and its value function the former's, which computes before the latter does, and is differentiated after.
+    """
     weight = _head_weight(run.policy)
-    # In fp32, beside each chunk's share, or the sum narrowed, in the run's own precision.
-    wide = FP32 + (run.engine.element_bytes if run.engine.precision != "fp32" else 0)
+    # In fp32, beside each chunk's share, or the sum narrowed, in the run's own precision; a CPU widens the former.
+    wide = FP32 if run.engine.precision == "fp32" else FP32 * (1 + (device == "cpu")) + run.engine.element_bytes
     by_weight = wide * weight.size if weight and weight.trained and run.forward != "plain" else 0
+    taken = _head_bytes(run, run.policy, run.worst, device, by_weight=by_weight)
+    layers = run.policy.layers
+    kept = _kept_logits(run, layers, device) + _states(run, run.policy, run.worst)
+    ways = [
+        (_head_bytes(run, run.policy, run.worst, device), whole.at_head(LEARNING)),
+        (kept, whole.come(BACKWARD, head=True).get(layers, 0)),
+        (taken, whole.at_head(BACKWARD)),
+    ]
+    most = _most({"head": size, "gathered": held} for size, held in ways)
     return {
-        "activations": _kept(run),
-        "head": _head_bytes(run, run.policy, run.worst, device, by_weight=by_weight),
+        "activations": _kept(run, layers),
         "gradients in flight": _gradients(run, device).before,
-        "gathered": _gathered(run, run.policy),
+        **most,
     }
 
 
-def _backward(run: Run, device: str) -> Parts:
+def _backward(run: Run, device: str, whole: Whole) -> Parts:
     """The last layer is differentiated, computed once more before where activations are checkpointed.
 
-    Or a later one, where gradients fill a bucket for the first time: it is reduced while the rest is still kept.
+    Or an earlier one, with more weights at hand; or gradients fill a bucket for the first time, which is reduced while
+    the rest is still kept.
     """
-    block, tokens, kept = _block(run, run.policy), run.worst.tokens, _kept(run)
+    block, tokens, layers = _block(run, run.policy), run.worst.tokens, _layers(run)
     layer = tokens * (block.again - _unjoined(run) if run.checkpointing else block.backward)
-    flight = _gradients(run, device)
-    parts = {"activations": kept, "gradients in flight": flight.held}
+    flight, found = _gradients(run, device), whole.by(BACKWARD) or {layers: 0}
+    ways: list[Parts] = [
+        {"activations": _kept(run, depth), "head": _kept_logits(run, depth - 1, device), "gathered": held,
+         "gradients in flight": flight.held}
+        for depth, held in found.items()
+        if depth
+    ]  # fmt: skip
     if flight.filled < 1:
-        at_flush = {"activations": kept * (1 - flight.filled), "gradients in flight": flight.reduced}
-        parts = max(parts, at_flush, key=lambda each: sum(each.values()))
-    return {**parts, "layer": layer, "gathered": _at_hand(run, run.policy)}
+        kept, left = _kept(run, layers) * (1 - flight.filled), math.ceil(layers * (1 - flight.filled))
+        ways.append({"activations": kept, "gradients in flight": flight.reduced, "gathered": found.get(left, 0)})
+    return {**_most(ways), "layer": layer}
 
 
-def _reduce(run: Run, device: str) -> Parts:
+def _reduce(run: Run, device: str, whole: Whole) -> Parts:
     """The last gradients are reduced, when the activations are gone."""
-    return {"gradients in flight": _gradients(run, device).last}
+    return {"gradients in flight": _gradients(run, device).last, "gathered": whole.by(BACKWARD).get(0, 0)}
 
 
-def _kept(run: Run) -> float:
-    """Return what a forward keeps for its backward: of each layer what it saved, or its input where that is all."""
-    block = _block(run, run.policy)
+def _layers(run: Run) -> int:
+    """Return the layers that a forward computes, of all trunks."""
+    return run.policy.layers * _block(run, run.policy).passes
+
+
+def _kept(run: Run, layers: int) -> float:
+    """Return what a forward keeps for its backward after some `layers`: of each what it saved, or its input alone."""
+    block, trunks = _block(run, run.policy), math.ceil(layers / max(1, run.policy.layers))
+    each, ends = block.saved - _unjoined(run), block.ends
     if run.checkpointing:
-        each = run.policy.layers * block.hidden + max(0, block.ends)
-    else:
-        each = run.policy.layers * (block.saved - _unjoined(run)) + block.ends
-    return block.passes * run.worst.tokens * each
+        each, ends = block.hidden, max(0, ends)
+    return run.worst.tokens * (layers * each + trunks * ends)
+
+
+def _kept_logits(run: Run, layers: int, device: str) -> float:
+    """Return the bytes of logits that stay for their backward, once the trunk of an LM head has run before others."""
+    if run.policy.head != "lm" or layers < run.policy.layers:
+        return 0
+    logits = run.worst.predicted * run.policy.vocab
+    return FP32 * (logits if run.forward == "plain" else min(logits, CHUNK[device]))
 
 
 def _unjoined(run: Run) -> int:
@@ -127,89 +173,53 @@ def _head_bytes(run: Run, shape: Shape, micro: Micro, device: str, *, by_weight:
     """
     if shape.head != "lm":
         return 0
-    element, narrow = run.engine.element_bytes, run.engine.precision != "fp32"
+    element, narrow, states = run.engine.element_bytes, run.engine.precision != "fp32", _states(run, shape, micro)
     if run.forward == "plain":
         return micro.tokens * shape.vocab * (2 if by_weight is None else 4) * FP32
-    rows, states = min(micro.predicted, max(1, CHUNK[device] // shape.vocab)), micro.predicted * shape.hidden * element
+    rows = min(micro.predicted, max(1, CHUNK[device] // shape.vocab))
     chunk, beside = rows * shape.vocab * FP32, rows * shape.vocab * (element if narrow else 0)
     # To be exponentiated: at once on CUDA, on a CPU by rows that its cache holds.
     read = chunk + max(beside, chunk if device == "cuda" else min(chunk, FP32 * NEAR))
     return states + (read if by_weight is None else max(read, chunk + beside + states + by_weight))
 
 
-def _reference(run: Run, frozen: list[Held], device: str) -> Parts:
-    """A frozen model computes, while all that the policy keeps for its backward is there, its last logits included.
+def _states(run: Run, shape: Shape, micro: Micro) -> float:
+    """Return the bytes of the hidden states that an LM head reads; of whole rows nothing is picked out."""
+    picked = shape.head == "lm" and run.forward != "plain"
+    return micro.predicted * shape.hidden * run.engine.element_bytes if picked else 0
 
-    It takes most at its begin, where weights are fetched ahead, or at its head.
-    """
-    logits, tokens = run.worst.predicted * run.policy.vocab, run.worst.tokens
-    ways: list[Parts] = []
-    for shape in (held.shape or run.policy for held in frozen):
-        block = _block(run, shape)
-        head = block.hidden * tokens + _head_bytes(run, shape, run.worst, device)
-        ways.append({"reference": block.forward * tokens, "gathered": _ahead(run, shape)})
-        ways.append({"reference": head, "gathered": _gathered(run, shape)})
-    most: Parts = max(ways, key=lambda parts: sum(parts.values()))
-    kept_logits = FP32 * (logits if run.forward == "plain" else min(logits, CHUNK[device]))
+
+def _reference(run: Run, frozen: list[Held], device: str, whole: Whole) -> Parts:
+    """A frozen model computes, while all that the policy keeps for its backward is there, its last logits included."""
+    ways = (way for held in frozen for way in _forwards(run, held, run.worst, device, whole))
     return {
-        "activations": _kept(run),
-        "head": kept_logits if run.policy.head == "lm" else 0,
-        **most,
+        "activations": _kept(run, _layers(run)),
+        "head": _kept_logits(run, _layers(run), device),
+        "gradients in flight": _gradients(run, device).before,
+        **_most({"reference" if name == "layer" else name: size for name, size in way.items()} for way in ways),
     }
 
 
-def _forward(run: Run, shape: Shape, micro: Micro, device: str) -> float:
-    """Return what a forward without gradient takes: a layer, or the head after the last of them."""
-    block = _block(run, shape)
-    return max(block.forward * micro.tokens, block.hidden * micro.tokens + _head_bytes(run, shape, micro, device))
+def _forwards(run: Run, held: Held | None, micro: Micro, device: str, whole: Whole) -> Iterator[Parts]:
+    """Yield what a forward without gradient takes in a layer, and at the head; of the policy, or of a frozen model."""
+    shape, role = (held.shape if held else None) or run.policy, held.role if held else None
+    block, quantised = _block(run, shape), held is not None and held.placement == "quantised"
+    own_engine = held is None or held.shape is None or has_engine(held)
+    by_depth = whole.by(FORWARD, role=role) if own_engine else {}
+    floated = _floated(run, shape) if quantised else 0
+    yield {"layer": block.forward * micro.tokens + floated, "gathered": max(by_depth.values(), default=0)}
+    head = block.hidden * micro.tokens + _head_bytes(run, shape, micro, device)
+    yield {"layer": head, "gathered": whole.at_head(FORWARD, role=role) if own_engine else 0}
+
+
+def _floated(run: Run, shape: Shape) -> float:
+    """Return the bytes of the largest linear weight of an int8 copy, while it is a floating-point one again."""
+    narrow = run.engine.precision != "fp32"
+    linear = [w.size for w in shape.weights if len(w.shape) == 2 and w not in _matrices(shape)]
+    return (FP32 + narrow * run.engine.element_bytes) * max(linear, default=0)
 
 
 # --- what the engine moves ----------------------------------------------------------------------------------------
-
-
-def _gathered(run: Run, shape: Shape) -> float:
-    """Return the weights that ZeRO-3 holds whole where the forward turns, those always whole left out.
-
-    Where batches are walked plain it holds what is used again within `max_reuse` elements: half before the turn, half
-    after it. Walked packed it lets go of each at once: the engine remembers what to keep from the trial forward that
-    settles how to walk, which has no backward (its cache of `__params_to_release` outlives the trace).
-    """
-    sizes = _split(run, shape)
-    reused = min(sum(sizes), run.engine.max_reuse // 2) if run.forward == "plain" else max(sizes, default=0)
-    return run.engine.element_bytes * (reused + min(sum(sizes), run.engine.prefetch_bucket))
-
-
-def _at_hand(run: Run, shape: Shape) -> float:
-    """Return the weights that ZeRO-3 holds whole in the backward: as received and joined, and those fetched ahead.
-
-    Where the forward has fetched all at once nothing is fetched ahead in the backward.
-    """
-    sizes = _split(run, shape)
-    if run.forward == "plain":
-        return _gathered(run, shape)
-    ahead = 0 if _runs_ahead(run, shape) else run.engine.prefetch_bucket
-    return run.engine.element_bytes * min(2 * sum(sizes), 2 * (max(sizes, default=0) + ahead))
-
-
-def _ahead(run: Run, shape: Shape) -> float:
-    """Return the weights that ZeRO-3 holds at the begin of a forward: as received, and those in use joined beside that.
-
-    Every module with weights fetches another bucket: where this runs ahead of their use, all are there soon.
-    """
-    sizes, bucket = _split(run, shape), run.engine.prefetch_bucket
-    fetched = run.engine.max_live if _runs_ahead(run, shape) else bucket
-    at_hand = max(sizes, default=0) + bucket
-    return run.engine.element_bytes * (min(sum(sizes), max(fetched, at_hand)) + min(sum(sizes), at_hand))
-
-
-def _runs_ahead(run: Run, shape: Shape) -> bool:
-    return run.engine.prefetch_bucket * len(shape.weights) >= sum(_split(run, shape))
-
-
-def _split(run: Run, shape: Shape) -> list[int]:
-    if run.engine.stage != 3:
-        return []
-    return [weight.size for weight in shape.weights if weight.size > run.engine.persistence_threshold]
 
 
 @dataclass(frozen=True)
@@ -288,8 +298,8 @@ def _step(run: Run, device: str) -> Parts:
     trained, element = _trained(run), run.engine.element_bytes
     owned = trained / (run.world_size if run.engine.stage else 1)
     working = _working(run, device)
-    if run.engine.stage == 3:
-        return {"optimizer": FP32 * min(owned, SUBGROUP) * (1 + working)}
+    if run.engine.stage == 3:  # what always is whole is let go, and gathered anew afterwards
+        return {"optimizer": max(0, FP32 * min(owned, SUBGROUP) * (1 + working) - _always(run))}
     if run.engine.stage == 0:
         return {"gradients in flight": element * trained, "optimizer": FP32 * owned * working}
     received = element * min(trained, run.engine.allgather_bucket) if device == "cpu" else 0  # gloo's own copy
@@ -297,6 +307,11 @@ def _step(run: Run, device: str) -> Parts:
         "optimizer": max(FP32 * owned * (1 + working), received),
         "gradients in flight": element * _spilling(run),
     }
+
+
+def _always(run: Run) -> float:
+    """Return the bytes of the weights that ZeRO-3 holds whole but for the time of an update."""
+    return resident(run.policy, run, moved=run.engine.offload_param != "none")
 
 
 def _working(run: Run, device: str) -> int:
@@ -309,10 +324,11 @@ def _working(run: Run, device: str) -> int:
 # --- between the steps --------------------------------------------------------------------------------------------
 
 
-def _rollout(run: Run, rollout: Rollout) -> Parts:
+def _rollout(run: Run, rollout: Rollout, device: str) -> Parts:
     """The policy writes: its weights whole, keys and values of a batch, and the last step's probabilities.
 
-    It takes most while it reads the prompts, or at the last token, when the keys and values are longest.
+    It takes most while it gathers its weights or refreshes its copy of them, while it reads the prompts, or at the last
+    token, when the keys and values are longest.
     """
     shape, element = run.policy, run.engine.element_bytes
     writers = min(rollout.batch_size, rollout.completions)
@@ -329,22 +345,34 @@ def _rollout(run: Run, rollout: Rollout) -> Parts:
         "head": writers * shape.vocab * (3 * FP32 + 3 * FP64),  # tempered and as log p; summed up in fp64
         "activations": forward,
     }
-    gathered = element * sum(written) if run.engine.stage == 3 and rollout.placement == "gathered" else 0
-    most: Parts = max(reading, writing, key=lambda parts: sum(parts.values()))
-    return {"gathered": gathered, **most}
+    if run.engine.stage != 3:
+        return _most((reading, writing))
+    together = max(_refreshed(written) if rollout.placement == "copied" else [written], key=sum, default=[])
+    received = sum(sorted(together)[-GLOO_THREADS - 1 :]) if device == "cpu" else 0  # in copies, as one is handed in
+    stays = element * sum(written) if rollout.placement == "gathered" else 0
+    gathering: Parts = {"gathered": element * (sum(together) + received)}
+    return _most((gathering, *({"gathered": stays, **parts} for parts in (reading, writing))))
 
 
-def _score(run: Run, rollout: Rollout, device: str) -> Parts:
+def _refreshed(sizes: Iterable[int]) -> Iterator[list[int]]:
+    """Yield the sizes of the weights that are gathered together to refresh a copy (`trainers.rollout.chunks`)."""
+    some: list[int] = []
+    for size in sizes:
+        some.append(size)
+        if sum(some) >= REFRESHED:
+            yield some
+            some = []
+    yield some
+
+
+def _score(run: Run, rollout: Rollout, device: str, whole: Whole) -> Parts:
     """Policy, value function, reference and rewards look at what was written, one after the other."""
     length = rollout.longest_prompt + rollout.response_tokens
     rows = min(rollout.score_batch_size, rollout.completions)
     micro = Micro(rows, rows * length, rows * rollout.response_tokens, rows * length * length / 2, length)
-    shapes = [run.policy, *(held.shape for held in run.frozen if held.shape is not None)]
-    # A change of role ends the engine's trace, and what was fetched for one role goes with it.
-    ways: list[Parts] = [
-        {"activations": _forward(run, shape, micro, device), "gathered": _ahead(run, shape)} for shape in shapes
-    ]
-    return max(ways, key=lambda parts: sum(parts.values()))
+    scorers = [None, *(held for held in run.frozen if held.shape is not None)]
+    most = _most(way for held in scorers for way in _forwards(run, held, micro, device, whole))
+    return {"activations" if name == "layer" else name: size for name, size in most.items()}
 
 
 def _save(run: Run, device: str) -> Parts:

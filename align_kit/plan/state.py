@@ -110,7 +110,7 @@ def _weights(shape: Shape, run: Run) -> int:
         padding = sum(_flat(group, run) - _elements(group) for group in groups(shape)) if run.engine.stage else 0
         return round(_whole(shape.weights, run)) + padding * run.engine.element_bytes
     moved = run.engine.offload_param != "none"
-    return _resident(shape, run, moved=moved) + (0 if moved else _shards(shape, run))
+    return resident(shape, run, moved=moved) + (0 if moved else _shards(shape, run))
 
 
 def _stored(weight: Weight, run: Run) -> float:
@@ -130,7 +130,7 @@ def _shards(shape: Shape, run: Run) -> int:
     return round(sum(shards)) * run.engine.element_bytes
 
 
-def _resident(shape: Shape, run: Run, *, moved: bool) -> int:
+def resident(shape: Shape, run: Run, *, moved: bool) -> int:
     """Return the bytes of what ZeRO-3 keeps gathered: parameters up to the persistence threshold.
 
     One rank's shards are whole, and nothing is copied to gather them unless they were moved off the device.
@@ -149,7 +149,7 @@ def _held(held: Held, run: Run) -> int:
         return round(_whole(held.shape.weights, run)) + held.shape.buffers
     moved = _moves(held, run)
     shards = 0 if moved else _shards(held.shape, run)
-    return shards + _resident(held.shape, run, moved=moved) + held.shape.buffers
+    return shards + resident(held.shape, run, moved=moved) + held.shape.buffers
 
 
 def _is_sharded(held: Held, run: Run) -> bool:

@@ -7,11 +7,11 @@ tensor a rank hands in: a shard to an all-gather, the whole to a reduction. Eval
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from align_kit.plan.engines import Gathered, played
-from align_kit.plan.facts import Micro, Run, Weight
+from align_kit.plan.engines import Gathered, played, without_sizes
+from align_kit.plan.facts import Run, Weight
 from align_kit.plan.state import NO_DECAY
 from align_kit.plan.wire import on_wire
 
@@ -115,7 +115,7 @@ def _split(run: Run) -> dict[str, Sent]:
 def _gathered(run: Run) -> dict[str, Sent]:
     """Return the all-gathers of a step, and the broadcasts that keep traces in step."""
     steps = run.rollout.steps if run.rollout else 1
-    bare = _without_sizes(run)
+    bare = without_sizes(run)
     if run.accumulation <= PLAYED:
         found = _totals(played(bare, run.accumulation), run)
     else:
@@ -123,13 +123,6 @@ def _gathered(run: Run) -> dict[str, Sent]:
         found = most + (run.accumulation - PLAYED) * (most - less)
     calls, sent, agreements, told = (found / steps).tolist()
     return {GATHER: Sent(calls, sent), **({AGREE: Sent(agreements, told)} if agreements else {})}
-
-
-def _without_sizes(run: Run) -> Run:
-    """Return the run without what gathers do not depend on, so that candidates of a plan share what was played."""
-    nothing = Micro(0, 0, 0, 0, 0)
-    alike = {"mean": nothing, "worst": nothing, "steps": 0, "accumulation": 1, "per_device": 1, "world_size": 1}
-    return replace(run, **alike, nodes=1, checkpoints_made=0, checkpoints_kept=0, notes=())  # type: ignore[arg-type]
 
 
 def _totals(models: Iterable[Gathered], run: Run) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from align_kit.errors import UserError
 from align_kit.report import plots
-from align_kit.report.style import CSS, PICTURE
+from align_kit.report.style import CSS, LOOKS, PICTURE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +109,11 @@ class Page:
         """Add text as it is, in letters of one width; where `summary` is given it is folded behind that."""
         block = f"<pre><code>{escaped(text)}</code></pre>"
         self._add(f"<details><summary>{escaped(summary)}</summary>{block}</details>" if summary else block)
+
+    def marked(self, parts: Sequence[tuple[str, str]]) -> None:
+        """Add text as it is, in letters of one width, part by part: (text, look), a look being one of `style.LOOKS`."""
+        spans = "".join(f'<span class="look-{LOOKS.index(look)}">{escaped(text)}</span>' for text, look in parts)
+        self._add(f'<pre class="marked">{spans}</pre>')
 
     def markup(self) -> str:
         """Return the page as HTML."""

@@ -20,6 +20,18 @@ COLOURS = f"""
 """
 # Of a plot that is a file of its own, on whatever colour it is shown.
 PICTURE = f"""{COLOURS}svg{{stroke-linejoin:round;font-family:system-ui,sans-serif}}svg text{{fill:var(--ink)}}"""
+# Of parts of a text: how they look beside each other, told by more than the colour.
+_LOOKS = {
+    "label": "color:var(--dim);font-size:.75rem",
+    "plain": "",
+    "dim": "color:var(--dim)",
+    "green": "color:var(--s2);font-weight:600",
+    "blue": "color:var(--s0)",
+    "struck": "color:var(--s1);text-decoration:line-through",
+    "boxed": "background:var(--rule);border-radius:.25rem;padding:.05rem .2rem",
+}
+LOOKS = tuple(_LOOKS)
+_LOOK_RULES = "\n".join(f".look-{place}{{{rule}}}" for place, rule in enumerate(_LOOKS.values()))
 CSS = f"""{COLOURS}
 *{{box-sizing:border-box}}
 body{{margin:0 auto;padding:1.5rem 1.25rem 4rem;max-width:72rem;background:var(--page);color:var(--ink);
@@ -52,6 +64,8 @@ font:.84rem/1.45 ui-monospace,"Cascadia Mono",Menlo,"DejaVu Sans Mono",monospace
 .blocks{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:.75rem;
 margin:1rem 0 1.5rem}}
 .blocks pre{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto}}
+.marked{{white-space:pre-wrap;overflow-wrap:anywhere}}
+{_LOOK_RULES}
 h3{{margin:0 0 .25rem;color:var(--dim);font-size:.82rem;font-weight:400}}
 ul{{margin:.5rem 0;padding-left:1.2rem;max-width:48rem}}
 summary{{cursor:pointer;color:var(--link)}}

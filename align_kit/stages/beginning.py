@@ -19,6 +19,8 @@ from align_kit.run_folder import RunFolder
 from align_kit.stages.contract import keep_frozen, keep_length, keep_policy
 from align_kit.stages.other_world import WORLD_SIZE, cut_for
 
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]  # to compare templates by
+
 
 @dataclass
 class Start:
@@ -55,7 +57,20 @@ def starting_point(recipe: Recipe, config: Config, home: RunFolder) -> Start:
 def _start(where: Source, why: str, config: Config) -> Start:
     tokenizer = config.model.tokenizer_name
     words = source.resolve(tokenizer, random=True, option="tokenizer_name") if tokenizer else where
-    return Start(where, source.digest(where, seed=config.value("seed")), why, words)
+    digest = source.digest(where, seed=config.value("seed"))
+    _refuse_changed(where, digest)
+    return Start(where, digest, why, words)
+
+
+def _refuse_changed(where: Source, digest: str) -> None:
+    """Raise `UserError` for a model of a run of ours whose weights are no longer what the run saved and verified."""
+    manifest = {} if where.random else run_folder.read_manifest(where.folder) or {}
+    saved = manifest.get("result", {}).get("digest", digest)
+    if manifest.get("status") == run_folder.FINISHED and saved != digest:
+        raise UserError(
+            f"{where.name} was changed or damaged since its run saved it (digest {digest[:12]}, saved {saved[:12]}); "
+            "train it again, or copy the model without manifest.json to use it as it is"
+        )
 
 
 def _recorded_start(home: RunFolder, config: Config) -> Start:
@@ -112,8 +127,22 @@ def tokenizer(start: Start, config: Config) -> Any:
                 )
             setattr(chosen, kind, token)
     if template := config.training.get("chat_template_path"):
-        chosen.chat_template = _chat_template(template)
+        chosen.chat_template = _replaced(chosen, _chat_template(template), start)
+    else:
+        load.check_one_template(start.tokenizer)
     return chosen
+
+
+def _replaced(tokenizer: Any, template: str, start: Start) -> str:
+    """Return the template that replaces the tokenizer's own, and warn where a conversation reads otherwise in it."""
+    if tokenizer.chat_template and not start.source.random:
+        told = [tokenizer.apply_chat_template(PROBE, tokenize=False, chat_template=one) for one in (None, template)]
+        if told[0] != told[1]:
+            log.warn(
+                f"chat_template_path writes conversations otherwise than the template of {start.tokenizer.name}, which "
+                "the model may have learnt; keep to one through all phases, and give it to whoever uses the model"
+            )
+    return template
 
 
 def _chat_template(place: str) -> str:

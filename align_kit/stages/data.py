@@ -18,7 +18,19 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
     """Load, render and tokenise the data: the first rank of each machine works, the others open what it stored."""
     import torch.distributed as dist
 
-    wanted = Wanted(
+    asked = wanted(recipe, config, args)
+    mine = prepare(asked, words) if args.local_process_index == 0 else None
+    accounts = [mine.accounts() if mine else None]
+    dist.broadcast_object_list(accounts, src=0)
+    prepared = mine or reopen(accounts[0] or {}, asked.cache)
+    for split in filter(None, (prepared.train, prepared.eval)):
+        split.rows = recipe.trainer_class().complete(split.rows, args)
+    return prepared
+
+
+def wanted(recipe: Recipe, config: Config, args: Any) -> Wanted:
+    """Return what data a run asks for; `args` are its training arguments, or what has their names."""
+    return Wanted(
         phase=recipe.name,
         train=[entry.spec() for entry in config.data.datasets],
         eval=[entry.spec() for entry in config.data.eval_datasets],
@@ -27,14 +39,9 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
         seed=args.seed if args.data_seed is None else args.data_seed,
         options=token_options(recipe, config),
         cache=run_folder.cache_folder(os.environ),
+        temperature=config.data.mixture_temperature,
+        limits=config.data.data_limits or {},
     )
-    mine = prepare(wanted, words) if args.local_process_index == 0 else None
-    accounts = [mine.accounts() if mine else None]
-    dist.broadcast_object_list(accounts, src=0)
-    prepared = mine or reopen(accounts[0] or {}, wanted.cache)
-    for split in filter(None, (prepared.train, prepared.eval)):
-        split.rows = recipe.trainer_class().complete(split.rows, args)
-    return prepared
 
 
 def token_options(recipe: Recipe, config: Config) -> TokeniseOptions:

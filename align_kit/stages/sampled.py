@@ -16,7 +16,7 @@ from align_kit.models.source import Source
 from align_kit.plan.batches import DRAWN, Row, invented_rows
 from align_kit.plan.describe import Asked, Data, asked
 from align_kit.registry import Recipe
-from align_kit.stages.beginning import Start, tokenizer
+from align_kit.stages.alone import words_of
 from align_kit.stages.data import token_options
 
 SAMPLE = 512  # rows, or those of a step where it takes more: a row that comes twice in a step computes less
@@ -43,8 +43,7 @@ def sample(recipe: Recipe, config: Config, start: Source, step: int) -> tuple[Da
     Rows of full length, and None, where the data or the model's words are not here: a note of the data says so.
     """
     try:
-        words = tokenizer(Start(start, "", "", _words(config, start)), config)
-        rows, count = _tokenised(recipe, config, words, _few(step))
+        rows, count = _tokenised(recipe, config, words := words_of(config, start), _few(step))
     except UserError as reason:
         return _full(recipe, config, str(reason)), None
     return known(recipe, config, rows, words, step), count
@@ -60,7 +59,12 @@ def _tokenised(recipe: Recipe, config: Config, words: Any, most: int) -> tuple[A
 
     seed = asked(config, "data_seed")
     specs = [entry.spec() for entry in config.data.datasets]
-    loaded = load(specs, phase=recipe.name, seed=config.value("seed") if seed is None else seed)
+    loaded = load(
+        specs,
+        phase=recipe.name,
+        seed=config.value("seed") if seed is None else seed,
+        temperature=config.data.mixture_temperature,
+    )
     few = loaded.dataset
     if len(few) > most:
         few = few.select(_places(len(few), most))
@@ -68,13 +72,6 @@ def _tokenised(recipe: Recipe, config: Config, words: Any, most: int) -> tuple[A
     rows, report = tokenise(few, loaded.kind, words, token_options(recipe, config), cache)
     rows = recipe.trainer_class().complete(rows, Asked(config))
     return rows, round(len(loaded.dataset) * len(rows) / report.rows_in)
-
-
-def _words(config: Config, start: Source) -> Source:
-    from align_kit.models import source
-
-    named = config.model.tokenizer_name
-    return source.resolve(named, random=True, option="tokenizer_name") if named else start
 
 
 def _places(count: int, few: int) -> list[int]:

@@ -79,6 +79,7 @@ def trainer(
         processing_class=words,
         frozen=frozen,
     )
+    made.source_names = rows.train.source_names()
     made.saver.background = config.run.async_save
     made.saver.stop_when_full = config.run.full_disk == "stop"
     made.trust_checkpoint = config.run.trust_checkpoint

@@ -21,6 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit import log
 from align_kit.data.balance import balance, row_tokens
+from align_kit.data.collate import SourcedCollator
+from align_kit.data.origins import COLUMN as SOURCE_PARTS
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
@@ -101,13 +103,14 @@ class PhaseTrainer(ResumedTrainer):
     def __init__(
         self, *, model: Any, args: Any, processing_class: Any, frozen: Mapping[str, Frozen] | None = None, **kw: Any
     ) -> None:
-        collate = self.collator(processing_class, args)
+        collate = SourcedCollator(self.collator(processing_class, args))
         if getattr(args, "disable_dropout", False):
             disable_dropout(model)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collate, **kw)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
         self.frozen = dict(frozen or {})
         self.tallies = Tallies()
+        self.source_names: Sequence[str] = ()  # of a mixture, in the order of its rows' `source_parts`
         self.router_coefficient = router_coefficient(args, self.model)
         self._router_loss: Tensor | None = None  # of the micro-batch at hand
         self.tokens_computed = 0.0
@@ -157,8 +160,12 @@ class PhaseTrainer(ResumedTrainer):
         """Return what makes a batch of tokenised rows."""
         raise NotImplementedError
 
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Raise `UserError` for options of the method that mean nothing; on all ranks, before anything is loaded."""
+
     def prepare(self) -> None:
-        """Read and check what the method needs of `self.args`, once, before any batch."""
+        """Read what the method needs of `self.args`, once, before any batch."""
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         """Return the loss of one micro-batch; `step` holds `counts` summed over the whole optimizer step."""
@@ -238,7 +245,15 @@ class PhaseTrainer(ResumedTrainer):
             if self.state.global_step == 0:
                 self.before_first_step(model, self._prepare_inputs(inputs))
         self.tokens_computed += float(inputs["attention_mask"].sum())
+        if SOURCE_PARTS in inputs:
+            self.tally_sources(inputs[SOURCE_PARTS][: inputs["keep"]])
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def tally_sources(self, parts_BS: Tensor) -> None:
+        """Count what was trained on of each source: its share of rows, of packed rows of tokens, goes into the log."""
+        sums = parts_BS.sum(0).tolist()
+        named = zip(self.source_names, sums, strict=True)
+        self.tallies.add({f"source/{name}": (mine, sum(sums)) for name, mine in named})
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -26,11 +26,13 @@ class Language(PhaseTrainer):
     def collator(tokenizer: Any, args: Any) -> LanguageCollator:
         return LanguageCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
 
+    @classmethod
+    def check(cls, args: Any) -> None:
+        if args.loss_type not in LANGUAGE_LOSSES:
+            raise unknown("loss_type", args.loss_type, LANGUAGE_LOSSES)
+
     def prepare(self) -> None:
-        name = self.args.loss_type
-        if name not in LANGUAGE_LOSSES:
-            raise unknown("loss_type", name, LANGUAGE_LOSSES)
-        self.token_loss = LANGUAGE_LOSSES[name]
+        self.token_loss = LANGUAGE_LOSSES[self.args.loss_type]
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         tokens = self.token_logps(model, batch).rows(0, batch["keep"])

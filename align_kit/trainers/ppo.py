@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from align_kit.data.collate import LanguageCollator
+from align_kit.data.origins import COLUMN as SOURCE_PARTS
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps, tokens_and_values, value_states
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
@@ -36,7 +37,7 @@ from align_kit.trainers.base import BatchLoss, Known, PhaseTrainer, Tallies
 from align_kit.trainers.experience import Columns, Shaping
 from align_kit.trainers.iteration import Endless, IterationEnd
 from align_kit.trainers.reference import largest_gap
-from align_kit.trainers.rewards import reward_source, rewards_of
+from align_kit.trainers.rewards import check_named, reward_source, rewards_of
 from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for, ends_of
 
 SAMPLES = "samples.jsonl"
@@ -69,9 +70,18 @@ class PPO(PhaseTrainer):
             [{"input_ids": row["prompt_ids"], "loss_mask": [1] * len(row["prompt_ids"])} for row in rows]
         )
 
+    @classmethod
+    def check(cls, args: Any) -> None:
+        completions, each = _completions(args), args.num_generations
+        if completions % each:
+            raise UserError(
+                f"an iteration writes {completions} completions (num_mini_batches x the global batch), which is no "
+                f"multiple of num_generations {each}; change one of them"
+            )
+        check_named(args.reward_funcs or [])
+
     def prepare(self) -> None:
         args = self.args
-        self._check_sizes()
         args.ignore_data_skip = True  # a resumed run goes on with the next iteration; no prompt is drawn to be skipped
         if args.max_steps <= 0:
             args.max_steps = self._steps_of_epochs()
@@ -99,20 +109,10 @@ class PPO(PhaseTrainer):
         self._update_began, self._approximate_kl = 0.0, [0.0, 0.0]
         self.add_callback(IterationEnd(self))
 
-    def _check_sizes(self) -> None:
-        completions, each = self.completions_per_iteration, self.args.num_generations
-        if completions % each:
-            raise UserError(
-                f"an iteration writes {completions} completions (num_mini_batches x the global batch), which is no "
-                f"multiple of num_generations {each}; change one of them"
-            )
-
     @property
     def completions_per_iteration(self) -> int:
         """Completions written in an iteration, over all ranks."""
-        args = self.args
-        step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return int(step * args.num_mini_batches)
+        return _completions(self.args)
 
     def _steps_of_epochs(self) -> int:
         """Return the optimizer steps that write to every prompt `num_train_epochs` times."""
@@ -175,6 +175,9 @@ class PPO(PhaseTrainer):
             self.iteration,
         )
         rows = experience.share(rows, self.accelerator)
+        if SOURCE_PARTS in self.train_dataset.column_names:
+            parts = self.train_dataset.select_columns([SOURCE_PARTS])[prompts][SOURCE_PARTS]
+            self.tally_sources(torch.tensor(parts))  # every rank tallies all prompts: the share is the same
         scores_N = self._final_scores(rows)
         found = experience.learn_from(rows, scores_N, self.kl_coef.beta, self.shaping)
         self._report(rows, found)
@@ -395,6 +398,11 @@ class PPO(PhaseTrainer):
         if self.args.process_index == 0:
             samples = Path(self.args.output_dir) / SAMPLES
             put_aside(samples, lambda line: line["iteration"] <= self.iteration)
+
+
+def _completions(args: Any) -> int:
+    step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return int(step * args.num_mini_batches)
 
 
 def _rollout_placement(args: Any, known: Known) -> dict[str, tuple[Any, str]]:

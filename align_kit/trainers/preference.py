@@ -46,20 +46,18 @@ class Paired(PhaseTrainer):
 class DPO(Paired):
     """Direct preference optimisation (Rafailov 2023) and its relatives: every `loss_type` of TRL's DPO trainer."""
 
+    CHECKED = (
+        "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "discopop_tau", "ld_alpha",
+        "use_weighting",
+    )  # fmt: skip
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        check_dpo_options(**{name: getattr(args, name) for name in cls.CHECKED})
+
     def prepare(self) -> None:
-        args = self.args
-        self.options: dict[str, Any] = {
-            "loss_type": args.loss_type,
-            "loss_weights": args.loss_weights,
-            "beta": args.beta,
-            "label_smoothing": args.label_smoothing,
-            "f_divergence_type": args.f_divergence_type,
-            "discopop_tau": args.discopop_tau,
-            "ld_alpha": args.ld_alpha,
-            "use_weighting": args.use_weighting,
-        }
-        check_dpo_options(**self.options)
-        self.options["f_alpha_divergence_coef"] = args.f_alpha_divergence_coef
+        named = (*self.CHECKED, "f_alpha_divergence_coef")
+        self.options: dict[str, Any] = {name: getattr(self.args, name) for name in named}
 
     @property
     def cut_is_free(self) -> bool:

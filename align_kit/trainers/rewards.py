@@ -187,6 +187,13 @@ def function(dotted: str) -> Function:
     return found  # type: ignore[no-any-return]
 
 
+def check_named(named: Sequence[str]) -> None:
+    """Raise `UserError` for an entry of `reward_funcs` that names no function (the data's checker is not known yet)."""
+    for one in named:
+        if one != CHECKER.rstrip(":"):
+            judge_of(one)
+
+
 # --- which rewards a run has --------------------------------------------------------------------------------
 
 

@@ -26,11 +26,15 @@ SUMS_VERSION = "1"  # raised whenever the generated rows change
 
 @dataclass(frozen=True)
 class Builtin:
-    """A built-in set: what its rows are (`kind` is a row kind of the cards), their licence, and who makes them."""
+    """A built-in set: what its rows are (`kind` is a row kind of the cards), their licence, and who makes them.
+
+    `fixed`: the rows are the same wherever this version of align_kit runs.
+    """
 
     kind: str
     licence: str
     make: Callable[[str], list[Row]]
+    fixed: bool = True
 
 
 def _generated(make: Callable[..., list[Row]], *, train: int, held_out: int) -> Callable[[str], list[Row]]:
@@ -38,7 +42,7 @@ def _generated(make: Callable[..., list[Row]], *, train: int, held_out: int) -> 
 
 
 BUILTIN: dict[str, Builtin] = {
-    "cpython_docs": Builtin("text", "PSF-2.0", lambda split: docs.rows(docs.library(), split)),
+    "cpython_docs": Builtin("text", "PSF-2.0", lambda split: docs.rows(docs.library(), split), fixed=False),
     "cpython_docs_sample": Builtin("text", "PSF-2.0", lambda split: docs.rows(docs.sample(), split)),
     "sums_text": Builtin("text", "Apache-2.0", _generated(sums.text, train=8000, held_out=400)),
     "sums_sft": Builtin("prompt_completion", "Apache-2.0", _generated(sums.sft, train=24000, held_out=512)),
@@ -51,6 +55,11 @@ BUILTIN: dict[str, Builtin] = {
 def names() -> list[str]:
     """Return the names of the built-in sets, sorted."""
     return sorted(BUILTIN)
+
+
+def is_fixed(name: str) -> bool:
+    """Tell whether a built-in set has the same rows everywhere; `cpython_docs` are those of the Python that runs."""
+    return BUILTIN[name].fixed
 
 
 def rows(name: str, split: str) -> list[Row]:
