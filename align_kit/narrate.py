@@ -102,6 +102,7 @@ def header(
     splits = [rows.train, *([rows.eval] if rows.eval else [])]
     for title, split in zip(("data", "eval"), splits, strict=False):
         log.say(f"  {title:<10} {split.sentence()}")
+    log.say(f"  labels     {rows.labels}")
     for line in dict.fromkeys(line for split in splits for line in split.mixture()):
         log.say(f"  mixture    {line}")
     for line in dict.fromkeys(line for split in splits for line in split.warnings):

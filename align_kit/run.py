@@ -57,7 +57,7 @@ def execute(recipe: Recipe, config: Config) -> int:
         start = stages.starting_point(recipe, config, home)
         ending.enter_context(stages.reading_sources(config, start, args))
         tokenizer = stages.tokenizer(start, config)
-        rows = stages.rows(recipe, config, tokenizer, args)
+        rows = stages.rows(recipe, config, start, tokenizer, args)
         stages.keep_data(config, rows, home)
         plan = stages.batch(config, rows=len(rows.train.rows) * stages.repeats(recipe, config))
         planned = stages.planned(recipe, config, engine, start, tokenizer, rows, plan, home)

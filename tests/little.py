@@ -43,7 +43,8 @@ def little_run(phase: str, folder: Path, *more: str | Path, rows: int = 8) -> li
 # Every line a run may print where nothing is wrong: its header, its progress, its footer.
 OURS = re.compile(
     r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
-    r"|  (policy|reference|reward|reward_\d|data|eval|forward|batch|derived|gate|note|output|changed) +\S.*"
+    r"|  (policy|reference|reward|reward_\d|data|eval|labels|mixture) +\S.*"
+    r"|  (forward|batch|derived|gate|note|output|changed) +\S.*"
     r"|  plan +at most \S.*"
     r"|  step \d+/\d+  loss -?\d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
     r"|  step \d+: eval (loss|reward) -?\d+\.\d{4}"

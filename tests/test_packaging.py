@@ -106,7 +106,7 @@ def make(*words: str) -> str:
 def test_make_help_lists_every_target() -> None:
     shown = make("help")
     targets = {line.split()[0] for line in shown.splitlines()[1:]}
-    ours = {"help", "setup", "demo", "compare", "test", "check", "lint", "bench", "soak", "wheel", "clean"}
+    ours = {"help", "setup", "demo", "compare", "doctor", "test", "check", "lint", "bench", "soak", "wheel", "clean"}
     assert targets == {*ours, *registry.names()}
     assert all(len(line.split()) > 2 for line in shown.splitlines()[1:]), "each with what it does"
 

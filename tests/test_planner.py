@@ -12,6 +12,7 @@ import yaml
 from align_kit import planner
 from align_kit.cli import main
 from align_kit.errors import EXIT_CODE, UserError
+from tests.small import make_rows, write_rows
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,6 +172,16 @@ def test_a_step_larger_than_the_invented_rows_computes_each_of_its_rows(seven_bi
     """Rows that come twice in a micro-batch would share all they have: 16 of 64 tokens are about 1,024."""
     line = words("sft", seven_billion, tmp_path, "--per_device_train_batch_size", "16", "--max_length", "64")
     assert answered(tmp_path / "plan.json", *line)["ways"][0]["tokens"] > 0.98 * 16 * 64
+
+
+def test_a_step_is_no_longer_than_the_epoch_it_ends(tmp_path: Path) -> None:
+    """Four rows are two micro-batches of two, however many are asked for."""
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows("prompt_completion", 4))
+    line = ["plan", "sft", "--config_name", "builtin:tiny", "--datasets", json.dumps([{"path": str(rows)}])]
+    line += ["--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "out")]
+    asked = {n: answered(tmp_path / f"{n}.json", *line, "--gradient_accumulation_steps", str(n)) for n in (1, 2, 8)}
+    flops = {n: found["ways"][0]["flops"] for n, found in asked.items()}
+    assert flops[8] == flops[2] > 1.5 * flops[1]
 
 
 def test_mistakes_are_one_line(seven_billion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

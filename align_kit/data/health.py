@@ -19,7 +19,7 @@ LOOKED_AT = 64  # conversations whose rendered text is searched for what they sa
 END = 24  # characters of a message's begin and end that are searched for: a template may cut and trim between
 ANSWERS = ("completion", "chosen", "rejected")
 ANSWERED = ("prompt_completion", "messages", "preference", "binary")  # kinds whose rows have an end that is learnt
-Seen = dict[str, str]  # digest of what a row is about -> of what it says
+Seen = dict[int, int]  # 64 bits of what a row is about -> of what it says
 
 
 def inspect(rows: Sequence[Row], kind: str, renderer: Renderer, report: TokeniseReport, seen: Seen) -> None:
@@ -47,15 +47,19 @@ def _faults(row: Row, kind: str, seen: Seen) -> Iterator[str]:
         yield "misordered"
 
 
-def _claim(row: Row, kind: str) -> tuple[str, str]:
+def _claim(row: Row, kind: str) -> tuple[int, int]:
     """Return what a row is about and what it says: of a pair which side is better, of a completion its label."""
     texts = [canonical_json(row.get(name)) for name in KIND_COLUMNS[kind]]
     if kind == "preference":
         prompt, *sides = texts
-        return text_digest(prompt, *sorted(sides)), text_digest(sides[0])
+        return _bits(prompt, *sorted(sides)), _bits(sides[0])
     if kind == "binary":
-        return text_digest(*texts[:-1]), texts[-1]
-    return text_digest(*texts), ""
+        return _bits(*texts[:-1]), _bits(texts[-1])
+    return _bits(*texts), 0
+
+
+def _bits(*texts: str) -> int:
+    return int(text_digest(*texts)[:16], 16)
 
 
 def _misordered(row: Row) -> bool:

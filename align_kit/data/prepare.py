@@ -85,6 +85,7 @@ class Prepared:
 
     train: Split
     eval: Split | None
+    labels: str = ""  # what of the rows is trained, and whether they end; of the rank that speaks
 
     def accounts(self) -> dict[str, Any]:
         """Return the account of each split, plain values only."""

@@ -88,7 +88,8 @@ def describe(
         rewards=rewards, stage=_stage(site.engine) if site.settled else None,
     )  # fmt: skip
     batches = _batches(recipe, config, data, site, _mode(module, config))
-    mean, worst = batches.sized(site.batch.per_device, site.batch.accumulation)
+    accumulation = _accumulation(recipe, site.batch)
+    mean, worst = batches.sized(site.batch.per_device, accumulation)
     steps = steps_of(config, site.batch, batches.written)
     run = Run(
         phase=recipe.name,
@@ -99,7 +100,7 @@ def describe(
         mean=mean,
         worst=worst,
         per_device=site.batch.per_device,
-        accumulation=site.batch.accumulation,
+        accumulation=accumulation,
         world_size=site.batch.world_size,
         steps=steps,
         forward=batches.mode,
@@ -128,6 +129,13 @@ def held(
         return Held(role, placement)
     shape = meta_frozen(config, source, precision=precision, head=head, quantised=placement == "quantised")[1]
     return Held(role, placement, shape)
+
+
+def _accumulation(recipe: Any, batch: BatchPlan) -> int:
+    """Return the micro-batches of a step: an epoch that has fewer ends in a step that is shorter."""
+    if batch.rows is None or recipe.writes:
+        return batch.accumulation
+    return min(batch.accumulation, max(1, -(-batch.rows // (batch.per_device * batch.world_size))))
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

@@ -135,14 +135,23 @@ def tokenizer(start: Start, config: Config) -> Any:
 
 def _replaced(tokenizer: Any, template: str, start: Start) -> str:
     """Return the template that replaces the tokenizer's own, and warn where a conversation reads otherwise in it."""
-    if tokenizer.chat_template and not start.source.random:
-        told = [tokenizer.apply_chat_template(PROBE, tokenize=False, chat_template=one) for one in (None, template)]
-        if told[0] != told[1]:
-            log.warn(
-                f"chat_template_path writes conversations otherwise than the template of {start.tokenizer.name}, which "
-                "the model may have learnt; keep to one through all phases, and give it to whoever uses the model"
-            )
+    if tokenizer.chat_template and not start.source.random and _differ(tokenizer, template):
+        log.warn(
+            f"chat_template_path writes conversations otherwise than the template of {start.tokenizer.name}, which "
+            "the model may have learnt; keep to one through all phases, and give it to whoever uses the model"
+        )
     return template
+
+
+def _differ(tokenizer: Any, template: str) -> bool:
+    """Tell whether a template writes a short conversation otherwise than the tokenizer's own, where both take it."""
+    from align_kit.data.render import Renderer
+
+    try:
+        own, other = (Renderer(tokenizer, one).rendered(PROBE, {}) for one in (None, template))
+    except UserError:  # which rows it takes, and which not, is told when they are rendered
+        return False
+    return own != other
 
 
 def _chat_template(place: str) -> str:

@@ -7,14 +7,19 @@ from typing import Any
 
 from align_kit import run_folder
 from align_kit.config import Config
+from align_kit.data import labels
 from align_kit.data.prepare import Prepared, Wanted, prepare, reopen
 from align_kit.data.report import TokeniseOptions
 from align_kit.registry import Recipe
+from align_kit.stages.alone import stops_of
+from align_kit.stages.beginning import Start
 from align_kit.telemetry import spent
+
+COUNTED = 20_000  # rows that the header's account of labels looks at
 
 
 @spent.during("data")
-def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
+def rows(recipe: Recipe, config: Config, start: Start, words: Any, args: Any) -> Prepared:
     """Load, render and tokenise the data: the first rank of each machine works, the others open what it stored."""
     import torch.distributed as dist
 
@@ -25,6 +30,10 @@ def rows(recipe: Recipe, config: Config, words: Any, args: Any) -> Prepared:
     prepared = mine or reopen(accounts[0] or {}, asked.cache)
     for split in filter(None, (prepared.train, prepared.eval)):
         split.rows = recipe.trainer_class().complete(split.rows, args)
+    if args.process_index == 0:
+        means = labels.Words.of(words, stops_of(start.source))
+        counted = labels.measure(prepared.train.rows, prepared.train.account["kind"], means, most=COUNTED)
+        prepared.labels = labels.sentence(counted, words, scored=recipe.head == "score")
     return prepared
 
 
