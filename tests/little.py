@@ -45,6 +45,7 @@ OURS = re.compile(
     r"align_kit \w+: \d+ ranks? on .*, ZeRO-\d \(.*\)"
     r"|  (policy|reference|reward|reward_\d|data|eval|labels|mixture) +\S.*"
     r"|  (forward|batch|derived|gate|note|output|changed) +\S.*"
+    r"|warning: \S+: \d+ of \d+ rows \(\d+\.\d%\) stand in the data before \(the first is row \d+\); .*"
     r"|  plan +at most \S.*"
     r"|  step \d+/\d+  loss -?\d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left"
     r"|  step \d+: eval (loss|reward) -?\d+\.\d{4}"

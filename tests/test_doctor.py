@@ -62,7 +62,7 @@ def test_lines_are_aligned_and_nothing_is_left(tmp_path: Path) -> None:
         assert line.split()[0] in STATES and line[begin : begin + 2] == "  " and line[begin + 2] != " ", line
     bad = sum(line.startswith(BAD) for line in lines)
     assert len(lines) > 30 and done.returncode == (2 if bad else 0)
-    assert re.fullmatch(rf"\d+ ok, \d+ notes?, \d+ warnings?, {bad} bad \(\d+\.\d s\)", last)
+    assert re.fullmatch(rf"\d+ ok, \d+ notes?, \d+ warnings?, {bad} bad(; --fix mends \d+)? \(\d+\.\d s\)", last)
 
 
 def test_words_it_does_not_know(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +276,7 @@ def test_engine_configurations(name: str, text: str, state: str, what: str, tmp_
 
 
 def test_data_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALIGN_KIT_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     assert given.data({}).state == NOTE and "ALIGN_KIT_DATA names no folder" in given.data({}).what
     missing = given.data({"ALIGN_KIT_DATA": str(tmp_path / "none")})
@@ -286,7 +287,8 @@ def test_data_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken.state == BAD and "mine.md: no front matter" in broken.what
 
 
-def test_real_data_is_counted(real_data: Path) -> None:
+def test_real_data_is_counted(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALIGN_KIT_DATA", raising=False)
     without, found = given.data({}), given.data({"ALIGN_KIT_DATA": str(real_data)})
     assert found.state == OK and int(found.what.split()[0]) > int(without.what.split()[0])
 

@@ -11,7 +11,7 @@ import pytest
 
 from align_kit import failures
 from tests.harness import Ranks, Result
-from tests.little import ROWS, TWO_STEPS, little_run, write_rows
+from tests.little import ROWS, TWO_STEPS, little_run, strangers, write_rows
 
 Words = list[str | Path]
 PAIR = ROWS["dpo"]
@@ -23,7 +23,7 @@ def refused(done: Result, message: str) -> None:
     line = done.error()
     assert re.search(message, line), line
     assert set(done.codes) == {2}, f"a rank did not end by itself: {done.codes}"
-    spoken = [text for text in done.text.splitlines() if not text.startswith(("align_kit ", "  "))]
+    spoken = [text for text in strangers(done.text) if not text.startswith(("align_kit ", "  "))]
     assert spoken == [line], done.text
 
 

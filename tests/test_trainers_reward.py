@@ -57,7 +57,8 @@ def opened(place: Path, base: Path | None = None) -> tuple[Any, Any]:
                                    {"config_name": "builtin:tiny", "model_name_or_path": None}])  # fmt: skip
 def test_a_fresh_head_knows_nothing(lab: Lab, start: dict[str, Any]) -> None:
     """Every score is exactly 0, so the first loss is ln 2 with the centring term and all; the gate says so."""
-    run = lab.train("reward", max_steps=2, center_rewards_coefficient=1.0, **{"deepspeed": lab.sharded, **start})
+    asked = {"max_steps": 2, "center_rewards_coefficient": 1.0, "data_limits": {"dropped": 1}}
+    run = lab.train("reward", **asked, **{"deepspeed": lab.sharded, **start})
     assert run.result.output[0].count(GATE) == 1
     assert run.losses[0] == pytest.approx(math.log(2), abs=1e-7)
     for name in ("margin", "rewards/chosen", "rewards/rejected", "accuracy"):
@@ -225,7 +226,8 @@ def test_pairs_that_are_too_long_are_left_out(lab: Lab, tmp_path: Path) -> None:
     """As TRL does: a completion that was cut is not the one that was judged."""
     rows = make_rows("preference", 16, seed=3)
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    run = lab.train("reward", 1, datasets=[{"path": data}], max_length=16, per_device_train_batch_size=2)
+    asked = {"max_length": 16, "per_device_train_batch_size": 2, "data_limits": {"dropped": 1}}
+    run = lab.train("reward", 1, datasets=[{"path": data}], **asked)
     account = run.manifest["data"]["train"]["tokenised"]
     assert account["cut"] == 0 and 0 < account["rows_out"] < 16 and account["max_tokens"] <= 16
     assert account["dropped"] == {"longer than max_length": 16 - account["rows_out"]}

@@ -41,7 +41,8 @@ def test_first_step_is_trls(lab: Lab, tmp_path: Path, phase: str, shape: str) ->
     step = {"optim": "sgd", "learning_rate": 10.0, "max_steps": 1, "max_length": 24, "max_grad_norm": 0.0}
     start = lab.scorer if phase == "reward" else lab.model  # a fresh head would leave the trunk without a gradient
     same = SAME.get(phase, {})
-    ours = lab.step(phase, 1, datasets=[{"path": data}], max_length=24, model_name_or_path=start, **same)
+    most = {"max_length": 24, "data_limits": {"dropped": 1}}
+    ours = lab.step(phase, 1, datasets=[{"path": data}], model_name_or_path=start, **most, **same)
     stock = tmp_path / "stock"
     lab.ranks.run(
         world_size=1, ranked=False, function="tests.rank_work:stock_step", cwd=tmp_path, phase=phase,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from align_kit import log
 from align_kit.clean import options, pool, told
@@ -99,12 +100,22 @@ def _write_dropped(file: Path, work: Cleaning) -> Path:
 @contextmanager
 def _ending_well(folder: Path) -> Iterator[None]:
     """Say in one line that the disk is full, or that it was stopped: Ctrl-C and SIGTERM clear up what was begun."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = False
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
-        log.say("\nstopped; nothing was written")
-        raise SystemExit(128 + signal.SIGINT) from None
+        _stopped()
+    except UserError:  # where it was raised, the interrupt may be lost: in a worker's start, which fails by that
+        if asked:
+            _stopped()
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -112,7 +123,13 @@ def _ending_well(folder: Path) -> Iterator[None]:
             f"the disk of {folder} is full; nothing was written: cleaning needs twice the size of its input there"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _stopped() -> NoReturn:
+    log.say("\nstopped; nothing was written")
+    raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextmanager
