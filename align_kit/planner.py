@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from align_kit import log, machine, registry, zero
-from align_kit.config import BatchPlan, Config, derive, load
-from align_kit.config.command_line import split
+from align_kit.config import BatchPlan, Config, command_line, derive, load
 from align_kit.errors import UserError, first_line
 from align_kit.registry import Recipe
 from align_kit.resources import folder
@@ -86,11 +85,8 @@ def parted(words: Sequence[str]) -> tuple[Options, list[str]]:
 
     Raises `UserError` for a value that is none.
     """
-    line = split(words)
-    own = {one.name for one in fields(Options)}
-    given = {name: _value(name, line.words.pop(name)) for name in list(line.words) if name in own}
-    rest = [word for name, values in line.words.items() for word in (f"--{name}", *values)]
-    return Options(**given), [*(["--config", *line.configs] if line.configs else []), *rest]
+    given, rest = command_line.parted(words, {one.name for one in fields(Options)})
+    return Options(**{name: _value(name, values) for name, values in given.items()}), rest
 
 
 def _value(name: str, words: Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ places that messages name. The words after a key belong to it up to the next `--
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from align_kit.config.schema import Key
@@ -42,6 +42,14 @@ def split(argv: Sequence[str]) -> CommandLine:
         elif name not in LAUNCHER:
             line.words[name] = words
     return line
+
+
+def parted(argv: Sequence[str], own: Container[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the words of a command's `own` options by name, and the rest, which are the run's, as a command line."""
+    line = split(argv)
+    given = {name: line.words.pop(name) for name in list(line.words) if name in own}
+    rest = [word for name, values in line.words.items() for word in (f"--{name}", *values)]
+    return given, [*(["--config", *line.configs] if line.configs else []), *rest]
 
 
 def _groups(argv: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from align_kit import log, machine, registry
-from align_kit.config import load
-from align_kit.config.command_line import split
+from align_kit.config import command_line, load
 from align_kit.errors import UserError
 from align_kit.resources import folder
 
@@ -76,11 +75,8 @@ def show(words: Sequence[str]) -> int:
 
 def parted(words: Sequence[str]) -> tuple[Options, list[str]]:
     """Return what is said to this command, and the words that are the run's own."""
-    line = split(words)
-    own = {one.name for one in fields(Options)}
-    given = {name: _value(name, line.words.pop(name)) for name in list(line.words) if name in own}
-    rest = [word for name, values in line.words.items() for word in (f"--{name}", *values)]
-    return Options(**given), [*(["--config", *line.configs] if line.configs else []), *rest]
+    given, rest = command_line.parted(words, {one.name for one in fields(Options)})
+    return Options(**{name: _value(name, values) for name, values in given.items()}), rest
 
 
 def _value(name: str, words: Sequence[str]) -> Any:
