@@ -9,6 +9,7 @@ RANKS ?= 2
 MINUTES ?= 30
 # Processes that share the test suite, each with warm ranks of its own; a file's tests stay together.
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 ARMS ?=
 # One target per recipe: a test holds recipes/ and the registry to the same names.
@@ -46,10 +47,10 @@ doctor: setup ## is this machine fit to train on (ARGS=--fix removes stale locks
 
 test: setup ## the whole test suite
 	@$(BIN)/ruff check .
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: setup lint ## lint, types, floors and the fast tests
-	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
