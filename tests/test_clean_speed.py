@@ -19,6 +19,7 @@ def test_arms_are_compared_and_absent_ones_are_said(capsys: pytest.CaptureFixtur
     assert "2 times the rows take" in said
 
 
+@pytest.mark.slow
 def test_documents_hold_copies_and_are_the_same_each_time() -> None:
     made = list(clean_speed.documents(1000))
     assert made == list(clean_speed.documents(1000))

@@ -238,6 +238,7 @@ def test_contradictions_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_order_is_the_same_whatever_the_ranks_and_the_process(three: list[str]) -> None:
     specs = [{"path": path, "epochs": 1.5} for path in three]
     mine = load(specs, phase="sft", seed=5, temperature=3)

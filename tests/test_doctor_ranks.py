@@ -51,6 +51,7 @@ def start() -> Iterator[Start]:
         assert not Path(group.folder.name).exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_sum_and_a_wrong_clock_are_said(start: Start) -> None:
     group = start(WRONG_SUM_AND_TIME)
     found = ranks.all_reduce(group)

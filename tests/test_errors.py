@@ -96,6 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_one_line_on_one_rank(name: str, ranks: Ranks, folder: Path) -> None:
     words, message = TABLE[name]
@@ -104,6 +105,7 @@ def test_one_line_on_one_rank(name: str, ranks: Ranks, folder: Path) -> None:
     assert not list(folder.glob("out/*")), "nothing was written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -118,6 +120,7 @@ def test_more_words_that_mean_nothing(words: Words, message: str, ranks: Ranks, 
     refused(ranks.run(*words, cwd=folder), message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -132,11 +135,13 @@ def test_half_a_launcher(env: dict[str, str], message: str, ranks: Ranks, folder
     refused(ranks.run("dpo", "--dry-run", cwd=folder, world_size=1, ranked=False, env=env), message)
 
 
+@pytest.mark.slow
 def test_a_launch_file_of_another_stage(ranks: Ranks, folder: Path) -> None:
     done = ranks.run("dpo", "--deepspeed", "zero3", cwd=folder, env=ACCELERATE)
     refused(done, r"launch file asks for ZeRO stage 2 and the run's configuration \(zero3\) for stage 3; give the run")
 
 
+@pytest.mark.slow
 def test_a_mistake_without_other_ranks(ranks: Ranks, folder: Path) -> None:
     done = ranks.run("dpo", "--output_dir", "good.jsonl/x", cwd=folder, world_size=1, ranked=False)
     refused(done, "cannot be written")

@@ -58,6 +58,7 @@ def faults_of_a_large_tensor(environ: dict[str, str]) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_large_tensors_stand_on_huge_pages() -> None:
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not switch.is_file() or "[madvise]" not in switch.read_text():
@@ -84,6 +85,7 @@ def test_world_size_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> 
 # --- threads, precision -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "ranks", "threads"), [(None, 1, machine.cores()), (None, 999, 1), ("3", 1, None)])
 def test_each_rank_gets_its_share_of_the_cores(given: str | None, ranks: int, threads: int | None) -> None:
     """In a process of its own: the number of threads is global."""

@@ -201,6 +201,7 @@ def test_every_way_keeps_the_global_batch_and_the_ways_are_in_order() -> None:
     assert slack == sorted(slack) and seconds[0] <= min(seconds) * 1.01
 
 
+@pytest.mark.slow
 def test_the_smallest_change_is_one_and_makes_it_fit() -> None:
     run = run_of(per_device=16, accumulation=1)
     found = chosen(run, 80)

@@ -82,6 +82,7 @@ def test_an_adapter_sends_next_to_nothing_of_what_full_training_sends(seven_bill
     assert sent["full"] == pytest.approx(2 * 6_738_415_616, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_the_smallest_change(
     seven_billion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +104,7 @@ def test_precision_and_ranks_follow_from_what_is_planned_for(seven_billion: Path
     assert state["parameters"] * 16 == pytest.approx(4 * 6_738_415_616, rel=0.001)
 
 
+@pytest.mark.slow
 def test_ppo_is_planned_with_its_models_and_what_it_writes(seven_billion: Path, tmp_path: Path) -> None:
     more = ("--reward_funcs", "a:b", "--response_length", "512", "--per_device_train_batch_size", "4")
     found = answered(tmp_path / "plan.json", *words("ppo", seven_billion, tmp_path, *more))
@@ -115,6 +117,7 @@ def test_ppo_is_planned_with_its_models_and_what_it_writes(seven_billion: Path, 
 # --- the overlay ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_way_is_written_as_yaml_that_the_configuration_takes(seven_billion: Path, tmp_path: Path) -> None:
     best = tmp_path / "best.yaml"
     line = words("dpo", seven_billion, tmp_path, "--per_device_train_batch_size", "64", "--write", str(best))
@@ -128,6 +131,7 @@ def test_the_best_way_is_written_as_yaml_that_the_configuration_takes(seven_bill
     assert again["batch"].startswith("512 pairs")
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_there_is_nothing_to_write(tmp_path: Path) -> None:
     huge = tmp_path / "huge"
     huge.mkdir()

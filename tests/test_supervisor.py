@@ -211,6 +211,7 @@ def test_a_poisoned_step_is_left_out_where_that_is_asked_for(launched: Callable[
 # --- ranks that hang --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named_with_its_stack(launched: Callable[..., Launched]) -> None:
     hangs, waits = [["train", 4, 0.2], ["stuck"]], [["train", 4, 0.2], ["wait"]]
     began = time.monotonic()
@@ -221,6 +222,7 @@ def test_a_hung_rank_is_named_with_its_stack(launched: Callable[..., Launched]) 
     assert "in wait" not in done.text
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_though_it_cannot_answer(launched: Callable[..., Launched]) -> None:
     done = launched([[[["train", 4, 0.2], ["wait"]], [["train", 4, 0.2], ["die", signal.SIGSTOP]]]], hang_seconds=0.5,
                     max_restarts=0)  # fmt: skip
