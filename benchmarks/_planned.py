@@ -73,6 +73,7 @@ def drawn(draw: random.Random) -> Case:
     engine = _engine(draw)
     options: dict[str, Any] = {
         "max_length": draw.choice([48, 96, 192]),
+        "data_limits": {"dropped": 1, "cut": 1},  # rows are drawn as long as they come
         "per_device_train_batch_size": draw.choice([1, 2, 4]),
         "gradient_accumulation_steps": draw.choice([1, 1, 2, 3]),
         "gradient_checkpointing": draw.random() < 0.4,
