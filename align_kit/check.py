@@ -89,11 +89,15 @@ def _models(config: Config, start: Source) -> str:
     from align_kit.models import load as models
     from align_kit.models import source
     from align_kit.plan.describe import asked
+    from align_kit.stages.beginning import refuse_changed
 
+    if config.model.model_name_or_path and not config.model.config_name:  # whose configuration was enough so far
+        start = source.resolve(config.model.model_name_or_path, revision=config.model.model_revision)
     named = [name for key in MODELS for name in _listed(asked(config, key))]
     found: list[Source] = [start, *(source.resolve(name) for name in dict.fromkeys(named))]
     whole = [one for model in found for one in (model, model.base) if one is not None and not one.random]
     for one in whole:
+        refuse_changed(one, source.digest(one))
         models.check_complete(one)
         models.check_values(one)
     size = sum(file.stat().st_size for one in whole for file in one.folder.glob("*.safetensors"))

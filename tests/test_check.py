@@ -46,6 +46,15 @@ def test_everything_wrong_is_told_at_once(
     assert "is no weight but a damaged file" in told["models"] and "8 of 8 rows" in told["data"]
 
 
+def test_a_configuration_is_no_model(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = lab_of(ranks)
+    model = shutil.copytree(lab.model, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="would stop at models"):
+        check(["sft", *words(lab.options("sft", model_name_or_path=model, output_dir=tmp_path / "out"))])
+    assert " models    wrong: " in capsys.readouterr().out
+
+
 def test_suspicions_are_warnings(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lab = lab_of(ranks)
     rows = write_rows(tmp_path / "rows.jsonl", make_rows("preference", 8) * 2)

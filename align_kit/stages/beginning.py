@@ -58,11 +58,11 @@ def _start(where: Source, why: str, config: Config) -> Start:
     tokenizer = config.model.tokenizer_name
     words = source.resolve(tokenizer, random=True, option="tokenizer_name") if tokenizer else where
     digest = source.digest(where, seed=config.value("seed"))
-    _refuse_changed(where, digest)
+    refuse_changed(where, digest)
     return Start(where, digest, why, words)
 
 
-def _refuse_changed(where: Source, digest: str) -> None:
+def refuse_changed(where: Source, digest: str) -> None:
     """Raise `UserError` for a model of a run of ours whose weights are no longer what the run saved and verified."""
     manifest = {} if where.random else run_folder.read_manifest(where.folder) or {}
     saved = manifest.get("result", {}).get("digest", digest)
