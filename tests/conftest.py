@@ -11,8 +11,10 @@ from hypothesis import settings
 
 from tests.harness import ROOT, Ranks
 
-settings.register_profile("no files", database=None, deadline=None)
-settings.load_profile("no files")
+# The same examples every time, so that a change is judged by what it changed; HYPOTHESIS=random looks for new ones.
+settings.register_profile("fixed", database=None, deadline=None, derandomize=True)
+settings.register_profile("random", database=None, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS", "fixed"))
 
 
 @pytest.fixture(scope="session", autouse=True)
