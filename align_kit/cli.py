@@ -19,6 +19,7 @@ USAGE = """usage: align-kit <recipe> [--config a.yaml b.yaml ...] [--key value .
        align-kit check <recipe> [--config a.yaml ...] [--key value ...]
        align-kit show <recipe> [--rows N] [--config a.yaml ...] [--key value ...]
        align-kit doctor [--fix] [--json] [--ranks N]
+       align-kit sample <model> <card:name | file> --output folder [--keep rejection|best-worst|majority ...]
        align-kit data clean|stats|mix|preferences [...]
        align-kit cards [check|update|croissant|table] [...]
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "demo": "align_kit.demo:demo",
     "compare": "align_kit.compare:compare",
     "report": "align_kit.report.overlay:report",
+    "sample": "align_kit.sampling.command:sample",
     "data": "align_kit.data_commands:data",
     "check": "align_kit.check:check",
     "show": "align_kit.inspect.command:show",

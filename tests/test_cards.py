@@ -17,7 +17,7 @@ NAMES = sorted(file.stem for file in folder("data_cards").glob("*.md"))
 NEEDED = {"gsm8k", "gsm8k_solution_pairs", "gsm8k_solution_labels", "llamafactory_dpo_en", "ultrafeedback_binarized",
           "hh-rlhf", "tinyshakespeare", "wikitext-2", "xstest_prompts", "xstest_pairs", "truthfulqa", "self_instruct",
           "llamafactory_c4_demo", "cpython_docs", "sums_text", "sums_sft", "sums_pairs", "sums_labels",
-          "sums_prompts"}  # fmt: skip
+          "sums_prompts", "sums_reason"}  # fmt: skip
 GOOD = {
     "pretty_name": "Mine",
     "license": "mit",
@@ -241,6 +241,7 @@ def test_alternatives_are_built_in():
     for phase in ("pretrain", "sft", "dpo", "reward", "kto", "orpo", "ppo"):
         names = cards.alternatives(phase)
         assert names and all(cards.load_card(name).block.source.kind == "builtin" for name in names)
+    assert cards.alternatives("sft")[:1] == ["sums_sft"], "its own set before a view of another card's"
 
 
 def test_one_checker_serves_the_embedded_and_the_real_problems() -> None:

@@ -385,7 +385,8 @@ def test_shakespeare_is_divided_and_not_changed():
 
 
 BUILT_IN = [("cpython_docs", "pretrain"), ("sums_text", "pretrain"), ("sums_sft", "sft"), ("sums_pairs", "dpo"),
-            ("sums_labels", "kto"), ("sums_prompts", "ppo")]  # fmt: skip
+            ("sums_labels", "kto"), ("sums_prompts", "ppo"), ("sums_reason", "sft"),
+            ("sums_reason", "ppo")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, phase", BUILT_IN)

@@ -288,6 +288,7 @@ def test_every_suspicion_can_be_raised() -> None:
     pair = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "user", "content": "a"}]}
     report = report_of([{**pair, "rejected": pair["chosen"]}, {**pair, "rejected": []}], "preference")
     report.suspect("unrendered")
+    report.suspect("forgotten")
     report.unended = report.cut_completions = 1
     report.drop("for a reason")
     other = report_of([*PAIRS[:1] * 2, {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}],

@@ -53,7 +53,7 @@ def file_rows(card: Card, split: str, home: Path | None) -> Iterator[Row]:
 
 def canonical(card: Card, split: str, home: Path | None) -> Iterator[tuple[str, Row]]:
     """Yield kind and canonical form of each row of a split that is here; raises UserError for one that does not fit."""
-    shape = Shape(card.block.format, dict(card.block.columns), card.block.prompt_template)
+    shape = Shape.of(card.block)
     return shapes.converted(file_rows(card, split, home), shape, f"split {split}")
 
 

@@ -29,6 +29,7 @@ from align_kit.cards.block import (
     first_problem,
     is_template,
     parse_slice,
+    reason_fault,
     slice_bounds,
 )
 from align_kit.cards.licences import licence_warnings
@@ -60,6 +61,7 @@ __all__ = [
     "parse_card",
     "parse_slice",
     "read_card",
+    "reason_fault",
     "slice_bounds",
     "verify_sha256",
 ]
@@ -238,7 +240,10 @@ def verify_sha256(card: Card, name: str, path: Path) -> None:
 
 
 def alternatives(phase: str | None) -> list[str]:
-    """Return the built-in cards (no download) that serve `phase`, or all of them where phase is None."""
+    """Return the built-in cards (no download) that serve `phase`, or all of them where phase is None.
+
+    A card that shows the rows of another one's set comes after those that show their own.
+    """
     found = []
     for name in card_names():
         try:
@@ -246,5 +251,5 @@ def alternatives(phase: str | None) -> list[str]:
         except UserError:
             continue  # a broken card of the user's own must not hide the advice
         if block.source.kind == "builtin" and (phase is None or phase in block.phases):
-            found.append(name)
-    return found
+            found.append((block.source.path != name, name))
+    return [name for _, name in sorted(found)]

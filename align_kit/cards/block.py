@@ -34,9 +34,12 @@ FORMAT_KINDS: dict[str, tuple[str, ...]] = {
     "binary": ("binary",),
     "alpaca": ("prompt_completion", "preference"),
     "sharegpt": ("messages", "preference"),
+    "reason": ("prompt_completion", "preference"),
 }
 Phase = Literal["pretrain", "sft", "reward", "dpo", "orpo", "kto", "ppo", "eval"]
-Format = Literal["text", "prompt", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt"]
+Format = Literal[
+    "text", "prompt", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt", "reason"
+]
 
 _SLICE = re.compile(r"^(?P<name>[^\[\]]+?)(\[(?P<start>[^:\[\]]*):(?P<stop>[^:\[\]]*)\])?$")
 
@@ -131,6 +134,7 @@ class Block(_Strict):
     columns: dict[str, str] = Field(default_factory=dict)  # canonical name -> column (dots reach into it)
     splits: dict[str, str] = Field(min_length=1)  # our split -> hub split, or file, with an optional [a:b] slice
     prompt_template: str | None = None  # "chat", or a text that holds {prompt}
+    reason_template: str | None = None  # format reason: how chain of thought and answer stand in one text
     weight: float | None = Field(default=None, gt=0)
     max_samples: int | None = Field(default=None, gt=0)
     checker: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
@@ -157,8 +161,17 @@ class Block(_Strict):
             raise ValueError("must be 'chat' or a text that holds {prompt}")
         return value
 
+    @field_validator("reason_template")
+    @classmethod
+    def _parting_template(cls, value: str | None) -> str | None:
+        if value is not None and (fault := reason_fault(value)):
+            raise ValueError(fault)
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Block:
+        if self.reason_template is not None and self.format != "reason":
+            raise ValueError(f"reason_template belongs to format 'reason', not to {self.format!r}")
         for phase in self.phases:
             if not set(PHASE_KINDS[phase]) & set(FORMAT_KINDS[self.format]):
                 raise ValueError(f"phase {phase!r} cannot use format {self.format!r}")
@@ -185,6 +198,19 @@ class Block(_Strict):
 def is_template(text: str) -> bool:
     """Tell whether `text` is a prompt template: `chat`, or a text that holds {prompt} (alone it changes nothing)."""
     return text == "chat" or "{prompt}" in text
+
+
+def reason_fault(text: str) -> str | None:
+    """Return why `text` cannot say how a chain of thought and its answer stand in one text; None where it can."""
+    for part in ("{reasoning}", "{answer}"):
+        if text.count(part) != 1:
+            return f"must hold {part} once, not {text.count(part)} times"
+    before, _, after = text.partition("{reasoning}")
+    if "{answer}" in before:
+        return "must have {reasoning} before {answer}: a model that answers first has not reasoned"
+    if after.startswith("{answer}"):
+        return "must have a mark between {reasoning} and {answer}, by which they can be told apart"
+    return None
 
 
 def parse_slice(split: str) -> tuple[str, str | None, str | None]:

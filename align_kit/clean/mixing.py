@@ -54,7 +54,10 @@ class Word:
 
 @dataclass(frozen=True)
 class Source:
-    """One source, opened: its rows and how they are read (None: they are canonical); `card` where it has one."""
+    """One source, opened: its rows and how they are read (None: they are canonical); `card` where it has one.
+
+    `read_as` is the same where they are canonical: how they were read before.
+    """
 
     word: Word
     rows: Rows
@@ -62,6 +65,7 @@ class Source:
     kind: str
     digest: str
     card: cards.Card | None
+    read_as: Shape
 
     def row(self, number: int) -> Row:
         """Return a row in its canonical form."""
@@ -179,12 +183,13 @@ def _opened(word: Word, home: Path | None, files: contextlib.ExitStack) -> Sourc
     if lines is None:
         spec = {"path": word.path, "split": word.split}
         loaded = load.load([spec], phase="eval", data_home=home)
-        return Source(word, loaded.dataset, None, loaded.kind, loaded.sources[0].digest, card)
+        source = loaded.sources[0]
+        shape = Shape.of(card.block) if card else Shape(source.format)
+        return Source(word, loaded.dataset, None, loaded.kind, source.digest, card, shape)
     files.callback(lines.close)
     if not len(lines):
         raise UserError(f"{word.shown}: no rows; check the split and the file")
-    shape = Shape(card.block.format, dict(card.block.columns), card.block.prompt_template) if card else None
-    shape = shape or shapes.recognise(lines[0])
+    shape = Shape.of(card.block) if card else shapes.recognise(lines[0])
     kinds: dict[str, None] = {}
 
     def canonical() -> Iterator[Row]:
@@ -193,7 +198,7 @@ def _opened(word: Word, home: Path | None, files: contextlib.ExitStack) -> Sourc
             yield row
 
     digest = rows_digest(canonical())
-    return Source(word, lines, shape, next(iter(kinds)), digest, card)
+    return Source(word, lines, shape, next(iter(kinds)), digest, card, shape)
 
 
 def _card_lines(card: cards.Card, split: str, home: Path | None) -> JsonLines | None:
@@ -292,7 +297,7 @@ def _made(
         pretty_name=f"Mixture of {', '.join(one.word.shown for one in sources)}",
         licences=tuple(dict.fromkeys(licences)),
         phases=[phase for phase, kinds in cards.PHASE_KINDS.items() if kind in kinds and phase != "eval"],
-        format=kind,
+        **shapes.kept_apart(kind, [one.read_as for one in sources]),
         sections={"Preprocessing": _markdown(table)},
         made={"command": list(command), "seed": given.seed, "from": [_origin(one) for one in sources]},
         checker=checkers.pop() if len(checkers) == 1 else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from align_kit.data.chains import chain_of
 from align_kit.data.digest import canonical_json
 from align_kit.data.shapes import KIND_COLUMNS, Row
 
@@ -37,7 +38,7 @@ def is_question(kind: str, place: int) -> bool:
 
 
 def said(value: Any, speaks: Callable[[Row], bool]) -> str:
-    """Return a string as it is, and of messages what those say that `speaks` accepts, one message a line."""
+    """Return a string as it is, and of messages what those think and say that `speaks` accepts, one message a line."""
     if isinstance(value, str):
         return value
     return "\n".join(_content(message) for message in value if speaks(message))
@@ -48,7 +49,9 @@ def _content(message: Row) -> str:
     if isinstance(content, list):  # of a model that also sees: its texts
         content = "\n".join(str(item.get("text", "")) for item in content if isinstance(item, dict))
     calls = canonical_json(message["tool_calls"]) if message.get("tool_calls") else ""
-    return f"{content or ''}\n{calls}" if calls else str(content or "")
+    said = f"{content or ''}\n{calls}" if calls else str(content or "")
+    chain = chain_of(message)
+    return f"{chain}\n{said}" if chain else said
 
 
 def _speaks(message: Row) -> bool:

@@ -150,7 +150,7 @@ def _of_card(card: cards.Card, split: str) -> Source:
         hub = {"name": origin.name, "data_dir": origin.data_dir, "revision": origin.revision}
         held = read.read_hub(origin.path, cards.parse_slice(theirs)[0], [theirs, split], **hub)
         rows = _numbered(held)
-    shape = Shape(block.format, dict(block.columns), block.prompt_template)
+    shape = Shape.of(block)
     most = block.max_samples
     limited = (lambda: itertools.islice(rows(), most)) if most else rows
     return _source(name, split, limited, shape, card=card, file=file, licences=card.licences)

@@ -11,6 +11,7 @@ from align_kit.clean.cleaning import EXACT, NEAR, Cleaning, Found
 from align_kit.clean.measures import STOP_WORDS
 from align_kit.clean.options import Asked
 from align_kit.clean.overlap import RUN
+from align_kit.data import shapes
 from align_kit.data.made import MadeSet
 from align_kit.data.shapes import KIND_COLUMNS
 
@@ -92,7 +93,7 @@ def made_set(name: str, found: Found, asked: Asked, command: Sequence[str], seed
         pretty_name=f"{name}: " + ", ".join(source.name for source in sources) + ", cleaned",
         licences=tuple(licences),
         phases=[phase for phase, kinds in cards.PHASE_KINDS.items() if plan.kind in kinds and phase != "eval"],
-        format=plan.kind,
+        **shapes.kept_apart(plan.kind, [source.shape for source in sources], plan.columns),
         stats={"rows_read": found.rows},
         filters=filters,
         decontamination=[

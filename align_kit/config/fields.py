@@ -37,11 +37,13 @@ class DatasetFields:
     format: str | None = option(
         None,
         "shape of the rows where it cannot be recognised",
-        choices=("text", "prompt", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt"),
+        choices=("text", "prompt", "prompt_completion", "messages", "preference", "binary", "alpaca", "sharegpt",
+                 "reason"),
     )
     max_samples: int | None = option(None, "use at most this many rows")
     revision: str | None = option(None, "branch, tag or commit of a hub data set")
     prompt_template: str | None = option(None, "text around the prompt: 'Question: {prompt}'")
+    reason_template: str | None = option(None, "of format reason: '<think>{reasoning}</think>{answer}'")
 
     def spec(self) -> dict[str, Any]:
         """Return the entry as the mapping that `align_kit.data.load` reads: only what was given."""

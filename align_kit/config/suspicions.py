@@ -25,6 +25,12 @@ SUSPICIONS: dict[str, Suspicion] = {  # the one that explains others first
     "unrendered": Suspicion(
         "lose what their last message says in the chat template", "give another one in chat_template_path", said=0.0
     ),
+    "forgotten": Suspicion(
+        "lose a turn's chain of thought in the chat template, so that it is not trained",
+        "give one that keeps it in chat_template_path, or let each row end at a turn whose chain is to be learnt",
+        limit=1.0,  # models are made to forget: their templates show the chain before the last answer only
+        said=0.0,
+    ),
     "dropped": Suspicion("are dropped", "raise max_length, or mend the rows"),
     "cut": Suspicion(
         "lose the end of their completion to max_length, and with it where to stop",

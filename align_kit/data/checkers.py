@@ -26,6 +26,7 @@ NUMBER = re.compile(
 )
 FORMAT = re.compile(r"#### -?\$?[\d,]*\.?\d+\s*")
 # `48/2 = <<48/2=24>>24`, `8-3=5`, `9m = 27`: something with a sign of equality and a digit after it, on one line.
+RIGHT = 2  # the rank (`Verdict.rank`) from which the answer is right
 EQUATION = re.compile(r"[\w)][^\n=]*=[^\n]*\d")
 
 
@@ -47,15 +48,7 @@ class Verdict:
         """Return 0-4, higher is better: right before worked before tidy; 4 is right, worked and tidy."""
         if not self.exact:
             return int(self.shows_work and self.format_ok)
-        return 2 + self.shows_work + (self.shows_work and self.format_ok)
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A preference between two completions of one prompt."""
-
-    chosen: str
-    rejected: str
+        return RIGHT + self.shows_work + (self.shows_work and self.format_ok)
 
 
 def check(prompt: str, completion: str, answer: str) -> Verdict:
@@ -84,6 +77,12 @@ def answer_of(text: str) -> str:
         shown = text.strip()[-60:]
         raise UserError(f"reference answer {shown!r} has no number; write it as '#### 25' on the last line, or as 25")
     return f"{number.normalize():f}"
+
+
+def number_of(text: str) -> str | None:
+    """Return the number a completion gives as its answer, written as `answer_of` does; None where it gives none."""
+    number = _number(text)
+    return None if number is None else f"{number.normalize():f}"
 
 
 def as_reward(check: Callable[[str, str, str], Any]) -> Callable[..., list[float]]:
@@ -120,22 +119,6 @@ def exact_reward(
 def distinct(completions: Sequence[str]) -> float:
     """Return the share of completions that differ from each other, in (0, 1]; 0.0 for none at all."""
     return len({text.strip() for text in completions}) / len(completions) if completions else 0.0
-
-
-def rank_pairs(samples: Sequence[str], verdicts: Sequence[Verdict], *, limit: int = 1) -> list[Ranked]:
-    """Return up to `limit` preference pairs among several samples of one prompt.
-
-    Chosen are right, worked and tidy answers (rank 4), in the order sampled; rejected are the lower-ranked ones, the
-    worst first. No text is used twice, so chosen never equals rejected, and a prompt whose samples tie gives no pair.
-    """
-    if len(samples) != len(verdicts):
-        raise ValueError(f"{len(samples)} samples but {len(verdicts)} verdicts")
-    ranks: dict[str, int] = {}
-    for text, verdict in zip(samples, verdicts, strict=True):
-        ranks.setdefault(text.strip(), verdict.rank)
-    best = [text for text, rank in ranks.items() if rank == 4]
-    worst = sorted((text for text, rank in ranks.items() if rank < 4), key=ranks.__getitem__)
-    return [Ranked(chosen, rejected) for chosen, rejected in zip(best, worst, strict=False)][:limit]
 
 
 def _said(text: Text) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align_kit.config.suspicions import SUSPICIONS
+from align_kit.data.chains import chain_of
 from align_kit.data.digest import canonical_json, text_digest
 from align_kit.data.render import Renderer, Row
 from align_kit.data.report import TokeniseReport
@@ -28,10 +29,13 @@ def inspect(rows: Sequence[Row], kind: str, renderer: Renderer, report: Tokenise
         report.inspected += 1
         for name in _faults(row, kind, seen):
             report.suspect(name)
-        if report.rendered < LOOKED_AT and _last_said(row):
+        if report.rendered < LOOKED_AT and (turns := _conversation(row)) and any(_said(turns[-1])):
             report.rendered += 1
-            if not _is_rendered(row, renderer):
+            text = renderer.rendered(turns, row)
+            if not all(_stands(said, text) for said in _said(turns[-1])):
                 report.suspect("unrendered")
+            if not all(_stands(chain, text) for _, chain in map(_said, row.get("messages") or [])):
+                report.suspect("forgotten")
 
 
 def _faults(row: Row, kind: str, seen: Seen) -> Iterator[str]:
@@ -83,14 +87,13 @@ def _conversation(row: Row) -> list[Row]:
     return [*turns, *answer]
 
 
-def _last_said(row: Row) -> str:
-    turns = _conversation(row)
-    content = turns[-1].get("content") if turns else None
-    return content.strip() if isinstance(content, str) else ""
+def _said(turn: Row) -> tuple[str, str]:
+    """Return what a message says and the chain of thought before it, "" for what it has not."""
+    content, chain = turn.get("content"), chain_of(turn)
+    return content.strip() if isinstance(content, str) else "", (chain or "").strip()
 
 
-def _is_rendered(row: Row, renderer: Renderer) -> bool:
-    text, said = renderer.rendered(_conversation(row), row), _last_said(row)
+def _stands(said: str, text: str) -> bool:
     return said[:END] in text or said[-END:] in text
 
 
@@ -107,8 +110,9 @@ def shares(report: TokeniseReport, repeats: int = 0) -> dict[str, tuple[int, int
     }
     if "repeated" in found:
         found["repeated"] = (max(0, report.suspected["repeated"] - repeats), report.inspected)
-    if "unrendered" in found:
-        found["unrendered"] = (report.suspected["unrendered"], report.rendered)
+    for name in ("unrendered", "forgotten"):
+        if name in found:
+            found[name] = (report.suspected[name], report.rendered)
     return {name: found[name] for name in SUSPICIONS if name in found and found[name][0]}
 
 

@@ -1,7 +1,7 @@
 """Load the data a configuration names: cards, files and hub ids become one data set of canonical rows, with a report.
 
-Each entry of `datasets:` has TRL's shape plus our `weight`, `max_share`, `epochs`, `format`, `max_samples`, `revision`
-and `prompt_template`.
+Each entry of `datasets:` has TRL's shape plus our `weight`, `max_share`, `epochs`, `format`, `max_samples`, `revision`,
+`prompt_template` and `reason_template`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from align_kit.data import read, shapes
 from align_kit.data.digest import rows_digest
 from align_kit.data.mix import mix, train_test
 from align_kit.data.mixture import MIXTURE_KEYS, Asked, SourceReport, figures, resolve
+from align_kit.data.reason import ReasonTemplate
 from align_kit.data.shapes import Row, Shape
 from align_kit.errors import UserError, unknown
 
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 SPEC_KEYS = (
     "path", "name", "data_dir", "data_files", "split", "columns", "fraction",  # TRL's
     "weight", "max_share", "epochs", "format", "max_samples", "revision", "prompt_template",
+    "reason_template",
 )  # fmt: skip
 _HUB_KEYS = ("name", "data_dir", "data_files", "revision")
+_HOLD_TRACES = cards.FORMAT_KINDS["reason"]  # formats whose completions may be parted into chain and answer
 _BUILDERS = ("json", "csv", "parquet", "text")  # names of load_dataset that mean "read data_files"
 
 
@@ -127,7 +130,8 @@ def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
     from datasets import Dataset, Features, Json, Value
 
     names = list(shapes.KIND_COLUMNS[kind])
-    names += [name for name in (*shapes.CARRIED, "answer") if any(name in row for row in rows)]
+    beside = (*shapes.CARRIED, "answer", "reason_template")
+    names += [name for name in beside if any(name in row for row in rows)]
     features = {}
     for name in names:
         texts = all(isinstance(row.get(name), (str, type(None))) for row in rows)
@@ -166,8 +170,7 @@ def _settle(source: Opened, spec: dict[str, Any]) -> Opened:
     if "format" in spec:
         if spec["format"] not in cards.FORMAT_KINDS:
             raise unknown("format", str(spec["format"]), cards.FORMAT_KINDS)
-        same = shape is not None and shape.format == spec["format"]
-        shape = shape if same else Shape(spec["format"])
+        shape = _as_format(shape, spec["format"])
     named = columns if isinstance(columns, Mapping) else None
     shape = shape or (_named(named, source.rows[0]) if named else shapes.recognise(source.rows[0]))
     if named:
@@ -178,10 +181,26 @@ def _settle(source: Opened, spec: dict[str, Any]) -> Opened:
                 f"prompt_template {spec['prompt_template']!r} must be 'chat' or a text that holds {{prompt}}"
             )
         shape = replace(shape, prompt_template=spec["prompt_template"])
+    if "reason_template" in spec:
+        shape = replace(shape, reason_template=_reason_template(str(spec["reason_template"]), shape, source.where))
     source.shape = shape
     source.rows = source.rows[: _positive(spec, "max_samples", int) or len(source.rows)]
     source.mixture = {key: _positive(spec, key, float) for key in MIXTURE_KEYS}
     return source
+
+
+def _as_format(shape: Shape | None, name: str) -> Shape:
+    """Return the shape of the format asked for, with what a card says of it; traces are other readings of a card's."""
+    if shape is None or (shape.format != name and not (name == "reason" and shape.format in _HOLD_TRACES)):
+        return Shape(name)
+    return replace(shape, format=name)
+
+
+def _reason_template(text: str, shape: Shape, where: str) -> str:
+    if shape.format != "reason":
+        raise UserError(f"{where}: reason_template is for format: reason, but its rows are read as {shape.format}; "
+                        "give format: reason, or drop it")  # fmt: skip
+    return ReasonTemplate(text).text
 
 
 def _named(columns: Mapping[str, str], row: Row) -> Shape:
@@ -197,7 +216,7 @@ def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
         raise unknown(f"split of card {card.name}", ours, block.splits)
     theirs = block.splits[ours]
     where = f"card:{card.name}"
-    shape = Shape(block.format, dict(block.columns), block.prompt_template)
+    shape = Shape.of(block)
     source = Opened(where, split, [], shape, card.licences, card.warnings(), card_weight=block.weight)
     if block.source.kind == "builtin":
         source.rows, source.facts = _builtin(block.source.path, theirs, split)
@@ -309,7 +328,7 @@ def _canonical(source: Opened, phase: str) -> None:
     columns = list(source.rows[0]) if source.rows else []
     source.kind, source.rows = shapes.convert(source.rows, source.shape, source.where)
     shapes.usable(source.kind, phase, source.where, columns)
-    source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase)
+    source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase, source.shape)
 
 
 def _one_kind(sources: Sequence[Opened]) -> str:

@@ -25,6 +25,7 @@ from align_kit import __version__, cards
 from align_kit.cards import Block, Made, Origin
 from align_kit.cards.licences import on_the_hub
 from align_kit.data import shapes
+from align_kit.data.chains import chain_of
 from align_kit.data.shapes import Row, Shape
 from align_kit.errors import UserError
 
@@ -40,7 +41,8 @@ class MadeSet:
     """What is known of a set beside its rows; the card is written of it, after the last row.
 
     So `stats`, `filters`, `decontamination`, `pii`, `made` and `sections` may be filled in while rows are taken.
-    `columns`, `prompt_template` and `checker` say how the rows are read, as in a card: empty for canonical rows.
+    `columns`, `prompt_template` and `checker` say how the rows are read, as in a card: empty for canonical rows;
+    so does `reason_template`, for format `reason` where its marks are not the usual ones.
     `sections`: a datasheet heading (`cards.HEADINGS`) -> Markdown; what is missing is written from the rest.
     `stats`: name -> number, or split -> number; `rows` and `characters` are counted here.
     `filters`: {name, rule, threshold, dropped}; `decontamination`: {against, n, dropped}; `pii`: kind -> replaced.
@@ -60,6 +62,7 @@ class MadeSet:
     pii: Mapping[str, int] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
     prompt_template: str | None = None
+    reason_template: str | None = None
     checker: str | None = None
     languages: Sequence[str] = ()
 
@@ -91,7 +94,7 @@ def write_made(
     """
     check_free(folder, overwrite=overwrite)
     _block(made, dict.fromkeys(splits, _Written(0, 0, _NO_DIGEST)))  # a mistake here must not wait for the last row
-    shape = Shape(made.format, dict(made.columns), made.prompt_template)
+    shape = Shape(made.format, dict(made.columns), made.prompt_template, made.reason_template)
     with _appearing(folder.resolve()) as draft:
         written = {
             split: _write_split(draft / f"{split}.jsonl", rows, shape, folder) for split, rows in splits.items()
@@ -203,7 +206,7 @@ def _line(row: Row, where: str) -> bytes:
 
 
 def characters_of(kind: str, row: Row) -> int:
-    """Return the characters of a canonical row's text: its strings, and what its messages say."""
+    """Return the characters of a canonical row's text: its strings, and what its messages think and say."""
     return sum(_characters(row[name]) for name in shapes.KIND_COLUMNS[kind])
 
 
@@ -211,7 +214,9 @@ def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list):
-        return sum(_characters(item.get("content") if isinstance(item, dict) else item) for item in value)
+        return sum(map(_characters, value))
+    if isinstance(value, dict):
+        return _characters(value.get("content")) + len(chain_of(value) or "")
     return 0
 
 
@@ -225,6 +230,7 @@ def _block(made: MadeSet, written: Mapping[str, _Written]) -> Block:
         "columns": dict(made.columns),
         "splits": {name: f"{name}.jsonl" for name in kept},
         "prompt_template": made.prompt_template,
+        "reason_template": made.reason_template,
         "checker": made.checker,
         "verified": True,
         "stats": {**made.stats, **{name: {split: getattr(one, name) for split, one in kept.items()}

@@ -2,7 +2,8 @@
 
 Strings: the prompt and prompt + completion + EOS are tokenised separately; the completion starts where the two part.
 Conversations: the same, through the chat template. `ids` are lists of int; masks hold 1 where a token is trained.
-Unlike in TRL, control tokens that a row's own text spells are text (see `control`), unless the renderer is told so.
+Unlike in TRL, control tokens that a row's own text spells are text (see `control`), unless the renderer is told so, and
+a message's chain of thought is not lost: a template that does not show it gets it as part of the content (`chains`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from align_kit.data.chains import Chains
 from align_kit.data.control import ControlTokens, Disguise
 from align_kit.data.report import TokeniseReport
 from align_kit.errors import UserError
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Ids = list[int]
-RENDERED = ("text", "messages", "prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
+RENDERED = ("text", "messages", "prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs",
+            "reason_template")  # fmt: skip
 ENDED = ("text", "completion", "chosen", "rejected")  # strings that get an EOS where they have none
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -64,6 +67,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.control = ControlTokens(tokenizer) if control_tokens == "text" else None
+        self._chains = Chains(self._tried)
         self._stops = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
 
     def ends(self, trained: Ids) -> bool:
@@ -155,9 +159,14 @@ class Renderer:
         options = self._options(own.row)
         try:
             if own.disguise is not None:
-                return self._spans_to_mask(*self._marked_spans(messages, **options), own.disguise)
+                told = self._told(messages, own.row, options)
+                return self._spans_to_mask(*self._marked_spans(told, **options), own.disguise)
             out: Any = self.tokenizer.apply_chat_template(
-                _clean(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+                self._told(messages, own.row, options),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **options,
             )
         except _refusals() as error:
             raise _refused(messages, error) from None
@@ -244,12 +253,24 @@ class Renderer:
     def _template(self, messages: list[Row], row: Row, *, add_generation_prompt: bool = False) -> str:
         options = self._options(row)
         try:
-            text = self.tokenizer.apply_chat_template(
-                _clean(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )
+            told = self._told(messages, row, options)
+            return self._applied(told, add_generation_prompt=add_generation_prompt, **options)
         except _refusals() as error:
             raise _refused(messages, error) from None
-        return str(text)
+
+    def _applied(self, messages: list[Row], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def _tried(self, messages: list[Row], options: dict[str, Any]) -> str:
+        """Return what the template makes of a conversation that is not in the data, "" where it refuses that."""
+        try:
+            return self._applied(messages, **options)
+        except _refusals():
+            return ""
+
+    def _told(self, messages: list[Row], row: Row, options: dict[str, Any]) -> list[Row]:
+        """Return the messages as the template takes them: without null keys, chains of thought where it shows them."""
+        return self._chains.told(_clean(messages), row.get("reason_template"), options)
 
     def _encode(self, rendered: Sequence[Rendered]) -> list[Ids]:
         """Tokenise texts, those of one kind together."""

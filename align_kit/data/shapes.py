@@ -1,19 +1,24 @@
 """Recognise the shape of a file's rows and turn each into a canonical row.
 
-Canonical rows (see `KIND_COLUMNS`) hold strings or lists of `{"role", "content", ...}` messages; alpaca and sharegpt
-are shapes of files only. `tools` and `chat_template_kwargs` travel with a row where the file has them.
+Canonical rows (see `KIND_COLUMNS`) hold strings or lists of `{"role", "content", ...}` messages; alpaca, sharegpt and
+reason are shapes of files only. `tools` and `chat_template_kwargs` travel with a row where the file has them.
+
+A chain of thought (`reason`) is joined to its answer in a completion that is a string; in one of messages it stands
+beside it as `reasoning_content`, and the row names the `reason_template` to join them by where it is not the usual one.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align_kit.cards import FORMAT_KINDS, PHASE_KINDS
-from align_kit.errors import UserError, unknown
+from align_kit.cards import FORMAT_KINDS, PHASE_KINDS, Block
+from align_kit.data.chains import completion_of, trace_of
+from align_kit.data.reason import DEFAULT_TEMPLATE, ReasonTemplate, Trace
+from align_kit.data.turns import as_turns, boolean, conversation, decoded, string, turns_of
+from align_kit.errors import UserError
 
 Row = dict[str, Any]
 
@@ -27,23 +32,31 @@ KIND_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 CARRIED = ("tools", "chat_template_kwargs")  # what rendering reads beside the kind's own columns
 
-# Role names of the ShareGPT world -> the ones chat templates know.
-_ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "function_call": "assistant", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-# The ones chat templates know. Any other would be trained on as whoever the template takes it for.
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "documents")
+_TRACE_COLUMNS = ("reasoning", "answer", "chosen_reasoning", "rejected_reasoning")  # of traces that are not joined
 _HH_TURN = "\n\nAssistant:"  # how Anthropic's transcripts begin an answer
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How to read one source: its format, canonical name -> column, and the template its string prompts get."""
+    """How to read one source: its format, canonical name -> column, and the template its string prompts get.
+
+    `reason_template` says how chain of thought and answer stand in one text, for the format `reason`.
+    """
 
     format: str
     columns: dict[str, str] = field(default_factory=dict)
     prompt_template: str | None = None
+    reason_template: str | None = None
+
+    @classmethod
+    def of(cls, block: Block) -> Shape:
+        """Return how a card says that its rows are read."""
+        return cls(block.format, dict(block.columns), block.prompt_template, block.reason_template)
+
+    @property
+    def trace_template(self) -> ReasonTemplate:
+        """How chain of thought and answer stand in one text; raises UserError for a text that cannot say it."""
+        return ReasonTemplate(self.reason_template or DEFAULT_TEMPLATE)
 
 
 def recognise(columns: Iterable[str]) -> Shape:
@@ -65,9 +78,11 @@ def recognise(columns: Iterable[str]) -> Shape:
 _SIGNATURES: tuple[tuple[tuple[str, ...], str, dict[str, str]], ...] = (
     (("conversations",), "sharegpt", {}),
     (("instruction", "chosen", "rejected"), "alpaca", {}),
+    (("prompt", "chosen_reasoning", "chosen", "rejected_reasoning", "rejected"), "reason", {}),
     (("chosen", "rejected"), "preference", {}),
     (("prompt", "completion", "label"), "binary", {}),
     (("prompt", "completion"), "prompt_completion", {}),
+    (("prompt", "reasoning", "answer"), "reason", {}),
     (("messages",), "messages", {}),
     (("instruction", "output"), "alpaca", {}),
     (("question", "answer"), "prompt_completion", {"prompt": "question", "completion": "answer"}),
@@ -89,10 +104,11 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
     number, counted from 1).
     """
     reader = _READERS[shape.format]
+    reason = shape.trace_template
     kind = ""
     for number, row in enumerate(rows, start=1):
         try:
-            row_kind, canonical = reader(_Picker(row, shape.columns))
+            row_kind, canonical = reader(_Picker(row, shape, reason))
         except _Missing as missing:
             raise UserError(f"{where}, row {number}: {missing.text(row)}") from None
         except (UserError, ValueError) as error:
@@ -101,6 +117,20 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
             raise UserError(f"{where}, row {number}: a {row_kind} row in a {kind} file; split the file by kind")
         kind = row_kind
         yield kind, _templated(canonical, shape.prompt_template)
+
+
+def kept_apart(kind: str, sources: Sequence[Shape], beside: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the `format` that canonical rows of all `sources` are written in, and its `reason_template`.
+
+    That is their kind. Where all are traces by one template they stay traces, for a canonical row is one, too, unless
+    it is to keep columns `beside` its own that would be read as the parts of another trace.
+    """
+    templates = {shape.trace_template.text for shape in sources}
+    all_traces = all(shape.format == "reason" for shape in sources) and not set(beside) & set(_TRACE_COLUMNS)
+    if not all_traces or len(templates) > 1:
+        return {"format": kind}
+    (text,) = templates
+    return {"format": "reason", "reason_template": None if text == DEFAULT_TEMPLATE else text}
 
 
 def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> None:
@@ -124,11 +154,11 @@ def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> No
     )
 
 
-def adapt(kind: str, rows: list[Row], phase: str) -> tuple[str, list[Row]]:
-    """Turn rows of a kind that `phase` takes second into the kind it was made for.
+def adapt(kind: str, rows: list[Row], phase: str, shape: Shape) -> tuple[str, list[Row]]:
+    """Turn rows of a kind that `phase` takes second into the kind it was made for; `shape` is that they were read by.
 
     KTO gets both completions of a pair, the chosen one first; PPO gets the prompt, with the completion's text as
-    `answer`.
+    `answer`, of a trace without the chain of thought.
     """
     if phase == "kto" and kind == "preference":
         rest = [{name: row[name] for name in row if name not in ("chosen", "rejected")} for row in rows]
@@ -140,15 +170,18 @@ def adapt(kind: str, rows: list[Row], phase: str) -> tuple[str, list[Row]]:
         ]
     if phase == "ppo" and kind == "prompt_completion":
         return "prompt", [
-            {**{name: row[name] for name in row if name != "completion"}, "answer": _last_text(row["completion"])}
+            {**{name: row[name] for name in row if name != "completion"}, "answer": _answer(row["completion"], shape)}
             for row in rows
         ]
     return kind, rows
 
 
-def _last_text(completion: Any) -> Any:
-    """Return a completion's text: itself, or what its last message says."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def _answer(completion: Any, shape: Shape) -> Any:
+    """Return a completion's text: itself, or what its last message says; of a trace its answer."""
+    if not isinstance(completion, str):
+        return completion[-1]["content"]
+    trace = shape.trace_template.part(completion) if shape.format == "reason" else None
+    return trace.answer if trace else completion
 
 
 class _Missing(Exception):
@@ -165,8 +198,9 @@ class _Missing(Exception):
 class _Picker:
     """Reads canonical names from a row through the source's column names; dots reach into lists and objects."""
 
-    def __init__(self, row: Row, columns: dict[str, str]) -> None:
-        self.row, self.columns = row, columns
+    def __init__(self, row: Row, shape: Shape, reason: ReasonTemplate) -> None:
+        self.row, self.columns, self.reason = row, shape.columns, reason
+        self.chat = shape.prompt_template == "chat"
 
     def __call__(self, name: str) -> Any:
         column = self.columns.get(name, name)
@@ -186,7 +220,12 @@ class _Picker:
 
     def carried(self) -> Row:
         found = {name: self.get(name) for name in CARRIED}
-        return {name: _decoded(value) for name, value in found.items() if value}
+        return {name: decoded(value) for name, value in found.items() if value} | self._joined_by()
+
+    def _joined_by(self) -> Row:
+        """Return the row's own `reason_template`, which a set made from a set of traces has."""
+        text = self.get("reason_template")
+        return {"reason_template": ReasonTemplate(string(text, "reason_template")).text} if text else {}
 
     def extra(self, name: str) -> Row:
         value = self.get(name)
@@ -194,28 +233,28 @@ class _Picker:
 
 
 def _text(pick: _Picker) -> tuple[str, Row]:
-    return "text", {"text": _string(pick("text"), "text")}
+    return "text", {"text": string(pick("text"), "text")}
 
 
 def _prompt(pick: _Picker) -> tuple[str, Row]:
-    return "prompt", {"prompt": _turns(pick("prompt"), "prompt"), **pick.extra("answer"), **pick.carried()}
+    return "prompt", {"prompt": turns_of(pick("prompt"), "prompt"), **pick.extra("answer"), **pick.carried()}
 
 
 def _prompt_completion(pick: _Picker) -> tuple[str, Row]:
-    prompt, completion = _matched(_turns(pick("prompt"), "prompt"), _turns(pick("completion"), "completion"))
+    prompt, completion = _matched(turns_of(pick("prompt"), "prompt"), turns_of(pick("completion"), "completion"))
     return "prompt_completion", {"prompt": prompt, "completion": completion, **pick.carried()}
 
 
 def _messages(pick: _Picker) -> tuple[str, Row]:
-    return "messages", {"messages": _conversation(pick("messages"), "messages"), **pick.carried()}
+    return "messages", {"messages": conversation(pick("messages"), "messages"), **pick.carried()}
 
 
 def _preference(pick: _Picker) -> tuple[str, Row]:
-    prompt, pair = pick.get("prompt"), [_turns(pick(name), name) for name in ("chosen", "rejected")]
+    prompt, pair = pick.get("prompt"), [turns_of(pick(name), name) for name in ("chosen", "rejected")]
     if prompt is None and difflib.get_close_matches("prompt", list(pick.row), n=1, cutoff=0.75):
         raise _Missing("prompt")  # a misspelt column, not a prompt inside both sides
     if prompt is not None:
-        prompt = _turns(prompt, "prompt")
+        prompt = turns_of(prompt, "prompt")
     if prompt is None or (isinstance(prompt, str) and _holds_prompt(pair)):
         prompt, *pair = shared_prompt(*pair)
     else:
@@ -227,33 +266,60 @@ def _preference(pick: _Picker) -> tuple[str, Row]:
 
 def _binary(pick: _Picker) -> tuple[str, Row]:
     _, row = _prompt_completion(pick)
-    return "binary", {**row, "label": _boolean(pick("label"))}
+    return "binary", {**row, "label": boolean(pick("label"))}
 
 
 def _alpaca(pick: _Picker) -> tuple[str, Row]:
-    instruction, given = _string(pick("instruction"), "instruction"), pick.get("input")
-    prompt: Any = f"{instruction}\n{_string(given, 'input')}" if given else instruction
+    instruction, given = string(pick("instruction"), "instruction"), pick.get("input")
+    prompt: Any = f"{instruction}\n{string(given, 'input')}" if given else instruction
     past = [{"role": "system", "content": pick.get("system")}] if pick.get("system") else []
     for question, answer in pick.get("history") or []:
         past += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if past:
         prompt = [*past, {"role": "user", "content": prompt}]
     if pick.get("chosen") is not None:
-        answers = [_turns(pick(name), name) for name in ("chosen", "rejected")]
+        answers = [turns_of(pick(name), name) for name in ("chosen", "rejected")]
         matched = [_matched(prompt, answer) for answer in answers]
         return "preference", {"prompt": matched[0][0], "chosen": matched[0][1], "rejected": matched[1][1]}
-    prompt, completion = _matched(prompt, _turns(pick("output"), "output"))
+    prompt, completion = _matched(prompt, turns_of(pick("output"), "output"))
     return "prompt_completion", {"prompt": prompt, "completion": completion}
 
 
 def _sharegpt(pick: _Picker) -> tuple[str, Row]:
-    turns = _conversation(pick("conversations"), "conversations")
+    turns = conversation(pick("conversations"), "conversations")
     if pick.get("system") and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": pick("system")}, *turns]
     if pick.get("chosen") is None:
         return "messages", {"messages": turns, **pick.carried()}
-    pair = [_as_turns(_turns(pick(name), name), "assistant") for name in ("chosen", "rejected")]
+    pair = [as_turns(turns_of(pick(name), name), "assistant") for name in ("chosen", "rejected")]
     return "preference", {"prompt": turns, "chosen": pair[0], "rejected": pair[1], **pick.carried()}
+
+
+def _reason(pick: _Picker) -> tuple[str, Row]:
+    prompt = turns_of(pick("prompt"), "prompt")
+    prompt = as_turns(prompt, "user") if pick.chat else prompt  # before chain and answer become one text
+    if pick.get("chosen") is None and pick.get("rejected") is None:
+        kind, traces = "prompt_completion", {"completion": _trace(pick, "reasoning", "answer", "completion")}
+    else:
+        sides = ("chosen", "rejected")
+        kind, traces = "preference", {side: _trace(pick, f"{side}_reasoning", side, side) for side in sides}
+    texts = {name: completion_of(prompt, trace, pick.reason) for name, trace in traces.items()}
+    row = {"prompt": prompt, **texts, **pick.carried()}
+    if not isinstance(prompt, str) and pick.reason.text != DEFAULT_TEMPLATE:
+        row["reason_template"] = pick.reason.text
+    return kind, row
+
+
+def _trace(pick: _Picker, reasoning: str, answer: str, whole: str) -> Trace:
+    """Return the trace in the columns `reasoning` and `answer`, else the one that the column `whole` holds."""
+    if pick.get(reasoning) is None and pick.get(whole) is not None:
+        trace = trace_of(pick(whole), whole, pick.reason)
+    else:
+        trace = Trace(string(pick(reasoning), reasoning), string(pick(answer), answer))
+    if not pick.reason.holds(trace):
+        raise ValueError(f"a mark of reason_template {pick.reason.text!r} stands in {reasoning} or {answer}, so that "
+                         "they could not be told apart again; remove the row, or choose another mark")  # fmt: skip
+    return trace
 
 
 _READERS: dict[str, Callable[[_Picker], tuple[str, Row]]] = {
@@ -265,6 +331,7 @@ _READERS: dict[str, Callable[[_Picker], tuple[str, Row]]] = {
     "binary": _binary,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
+    "reason": _reason,
 }
 assert set(_READERS) == set(FORMAT_KINDS)
 
@@ -296,78 +363,7 @@ def _matched(prompt: Any, answer: Any) -> tuple[Any, Any]:
     """Return both as strings or both as messages."""
     if isinstance(prompt, str) and isinstance(answer, str):
         return prompt, answer
-    return _as_turns(prompt, "user"), _as_turns(answer, "assistant")
-
-
-def _as_turns(value: Any, role: str) -> list[Row]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _turns(value: Any, name: str) -> Any:
-    """Return a string as it is, and one message or a list of them as a list of messages."""
-    if isinstance(value, str):
-        return value
-    return _conversation([value] if isinstance(value, dict) else value, name)
-
-
-def _conversation(value: Any, name: str) -> list[Row]:
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError(f"{name} must be a string or a list of messages, got {_short(value)}")
-    return [_message(turn, name) for turn in value]
-
-
-def _message(turn: Row, name: str) -> Row:
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str):
-        raise ValueError(f"a message in {name} has no role: {_short(turn)}")
-    content = turn["content"] if "content" in turn else turn.get("value")
-    rest = {key: item for key, item in turn.items() if key not in ("role", "from", "content", "value", "weight")}
-    message = {"role": _ROLES.get(role, role), "content": content}
-    if role == "function_call":
-        message = {**message, "content": "", "tool_calls": _tool_calls(content)}
-    elif message["role"] not in ROLES:
-        raise ValueError(f"{unknown(f'role in {name}', role, ROLES)}; rename it")
-    elif content is None and not rest.get("tool_calls"):
-        raise ValueError(f"a {role} message in {name} has no content")
-    elif not isinstance(content, str | list | None):
-        raise ValueError(f"the content of a {role} message in {name} must be text, got {_short(content)}")
-    # Arrow fills absent keys with null; templates that ask "is defined" must not see them.
-    return {**message, **{key: item for key, item in rest.items() if item is not None}}
-
-
-def _tool_calls(content: Any) -> list[Row]:
-    calls = _decoded(content)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise ValueError(f"a function_call must hold {{name, arguments}}, got {_short(content)}")
-    return [{"type": "function", "function": call} for call in calls]
-
-
-def _decoded(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {_short(value)} ({error.msg})") from None
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {_short(value)}")
-    return value
-
-
-def _boolean(value: Any) -> bool:
-    word = str(value).strip().lower()
-    if word not in ("true", "false", "1", "0"):
-        raise ValueError(f"label must be true or false, got {_short(value)}")
-    return word in ("true", "1")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return as_turns(prompt, "user"), as_turns(answer, "assistant")
 
 
 def _templated(row: Row, template: str | None) -> Row:
@@ -377,6 +373,6 @@ def _templated(row: Row, template: str | None) -> Row:
     if template != "chat":
         return {**row, "prompt": template.replace("{prompt}", row["prompt"])}
     answers: Row = {
-        name: _as_turns(row[name], "assistant") for name in ("completion", "chosen", "rejected") if name in row
+        name: as_turns(row[name], "assistant") for name in ("completion", "chosen", "rejected") if name in row
     }
-    return {**row, "prompt": _as_turns(row["prompt"], "user"), **answers}
+    return {**row, "prompt": as_turns(row["prompt"], "user"), **answers}

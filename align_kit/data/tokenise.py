@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every cache key: raise it whenever the same input may give other tokens or columns.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 BATCH_ROWS = 1000
 
 

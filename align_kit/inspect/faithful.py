@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align_kit.data.reason import NAMES
 from align_kit.inspect.decode import Decoder, one_line
 from align_kit.inspect.trace import Traced
 
-SAID = ("content", "reasoning_content", "thinking")  # what of a message is text
+SAID = ("content", *NAMES)  # what of a message is text
 SHOWN = 60  # characters of what is missing
 _BLANK = re.compile(r"\s+")
 

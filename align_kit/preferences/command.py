@@ -196,6 +196,7 @@ def _made(studied: Studied, given: argparse.Namespace, words: Sequence[str]) -> 
         format=source.shape.format,
         columns=source.shape.columns,
         prompt_template=source.shape.prompt_template,
+        reason_template=source.shape.reason_template,
         checker=card.checker if card else None,
         filters=filtered,
         made={

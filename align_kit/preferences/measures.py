@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from align_kit.data.chains import chain_of
 from align_kit.data.digest import canonical_json, text_digest
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff
 
 
 def text_of(value: Any) -> str:
-    """Return what a prompt or a completion says: the string, or its messages' contents, one under another."""
+    """Return what a prompt or a completion says: the string, or its messages' thoughts and contents, line by line."""
     if isinstance(value, str):
         return value
     return "\n".join(_content(message) for message in value)
@@ -27,6 +28,8 @@ def text_of(value: Any) -> str:
 def _content(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     text = content if isinstance(content, str) else canonical_json(content)
+    if chain := chain_of(message):
+        text = f"{chain}\n{text}"
     return text + (canonical_json(message["tool_calls"]) if message.get("tool_calls") else "")
 
 

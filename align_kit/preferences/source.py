@@ -127,7 +127,7 @@ def _shape(
         raise UserError(f"{where}: no rows; check the split and the file")
     if format is not None and format not in cards.FORMAT_KINDS:
         raise unknown("format", format, cards.FORMAT_KINDS)
-    known = Shape(card.block.format, dict(card.block.columns), card.block.prompt_template) if card else None
+    known = Shape.of(card.block) if card else None
     if format is not None and (known is None or known.format != format):
         known = Shape(format)
     if known is None:
