@@ -1,4 +1,4 @@
-"""The checker: its rules as a table, its pairs as properties, and real gsm8k as the judge of both."""
+"""The checker: its rules as a table, and real gsm8k as its judge."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from align_kit.data.checkers import Ranked, Verdict, answer_of, check, distinct, exact_reward, rank_pairs
+from align_kit.data.checkers import answer_of, check, distinct, exact_reward, number_of
 from align_kit.errors import UserError
 
 GSM8K = Path(os.environ.get("ALIGN_KIT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "gsm8k"
@@ -88,46 +86,13 @@ def test_exact_reward_wants_an_answer_for_each() -> None:
         exact_reward(["a"], ["#### 1"], ["one"])
 
 
+def test_the_number_of_a_completion() -> None:
+    assert [number_of(text) for text in (WORKED, "#### 1,234.50", "14", "no")] == ["14", "1234.5", None, None]
+
+
 def test_distinct() -> None:
     assert distinct(["a", "a ", "b", "c"]) == 0.75
     assert distinct([]) == 0.0
-
-
-def _judge(samples: list[str]) -> list[Verdict]:
-    return [check("", sample, WORKED) for sample in samples]
-
-
-def test_rank_pairs_prefers_right_and_worked() -> None:
-    slip, hurried, wrong = "12-8=4, 9-7=2\n#### 24", "#### 14", "#### 13"
-    samples = [hurried, WORKED, wrong, slip, WORKED, "because 92-78=14\n#### 14"]
-    pairs = rank_pairs(samples, _judge(samples), limit=4)
-    assert pairs == [Ranked(WORKED, wrong), Ranked("because 92-78=14\n#### 14", slip)]
-    assert rank_pairs(samples, _judge(samples)) == pairs[:1]
-
-
-def test_rank_pairs_skips_ties() -> None:
-    for samples in ([WORKED, WORKED], ["#### 14", "#### 13"], []):
-        assert rank_pairs(samples, _judge(samples)) == []
-
-
-def test_rank_pairs_wants_a_verdict_each() -> None:
-    with pytest.raises(ValueError, match="2 samples but 1 verdicts"):
-        rank_pairs(["a", "b"], _judge(["a"]))
-
-
-ANSWERS = [WORKED, "14=14\n#### 14", "#### 14", "#### 9", "8=8\n#### 9", "no"]
-
-
-@given(st.lists(st.sampled_from(ANSWERS)), st.integers(1, 5))
-def test_rank_pairs_properties(samples: list[str], limit: int) -> None:
-    verdicts = _judge(samples)
-    rank = {sample: verdict.rank for sample, verdict in zip(samples, verdicts, strict=True)}
-    pairs = rank_pairs(samples, verdicts, limit=limit)
-    assert pairs == rank_pairs(samples, verdicts, limit=limit)
-    assert len(pairs) <= limit
-    assert all(rank[pair.chosen] == 4 > rank[pair.rejected] for pair in pairs)
-    used = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-    assert len(used) == len(set(used))
 
 
 def _read(name: str) -> list[dict]:

@@ -16,12 +16,12 @@ from tests.harness import ROOT
 
 # What lies on each floor, the ground first. A folder is one room: inside it modules import each other.
 FLOORS = (
-    {"errors", "log", "resources", "scrub", "supervised", "__version__"},
+    {"errors", "imports", "log", "resources", "scrub", "supervised", "__version__"},
     {"cards", "config", "failures", "losses", "machine", "run_folder", "zero"},
     {"data", "forward", "models", "report", "telemetry"},
     {"frozen", "checkpoint", "plan", "clean", "preferences"},
     {"trainers"},
-    {"registry", "run", "narrate", "stages"},
+    {"registry", "run", "narrate", "stages", "sampling"},
     {"launch", "demo", "compare", "planner", "data_commands", "card_commands", "inspect", "doctor"},
     {"cli", "__main__", "check"},
 )

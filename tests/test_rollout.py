@@ -28,7 +28,7 @@ def drawn(logits: list[float], draws: list[float], temperature: float = 1.0) -> 
     """Return the token `Quantiles` takes from one distribution at each draw, and its log-probability."""
     import torch
 
-    from align_kit.trainers.rollout import Quantiles
+    from align_kit.models.quantiles import Quantiles
 
     quantiles = Quantiles(torch.tensor(draws, dtype=torch.float64)[:, None], 3, temperature)
     left = quantiles(torch.zeros(len(draws), 3, dtype=torch.long), torch.tensor([logits] * len(draws)))

@@ -20,13 +20,14 @@ from pathlib import Path
 from align_kit import log, run_folder
 from align_kit.data import embedded
 from align_kit.data.embedded import sums
-from align_kit.demo import samples, table
-from align_kit.demo.samples import Drawn
+from align_kit.demo import samples as own
+from align_kit.demo import table
 from align_kit.demo.score import CARD, Score, score
 from align_kit.errors import EXIT_CODE, UserError
 from align_kit.resources import folder
 
 PROBLEMS = 512  # training problems the SFT model answers
+DRAWS = 4  # answers drawn to each problem, at temperature 1
 PAIRS = 2  # pairs of one problem a reward model learns from
 EASY = ("reward", "dpo", "orpo", "kto", "ppo")
 
@@ -76,7 +77,8 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(f"--ranks {given.ranks}: give 1 or more")
     if not 0 < given.scale <= 1:
         raise UserError(f"--scale {given.scale}: give a share above 0, at most 1")
-    arms = tuple(dict.fromkeys([*(["reward"] if "ppo_model" in given.arms else []), *given.arms]))
+    before = {"ppo_model": "reward", "dpo_again": "dpo"}
+    arms = tuple(dict.fromkeys([*(before[arm] for arm in given.arms if arm in before), *given.arms]))
     return Options(tuple(given.seed), given.output_dir, given.ranks, given.split, arms, given.control, given.scale)
 
 
@@ -126,27 +128,31 @@ class Seed:
             raise UserError(f"the {recipe} phase ended with exit code {done.returncode}; its output is above")
 
     @cached_property
-    def drawn(self) -> list[Drawn]:
-        """Answers of the SFT model to training problems."""
-        return self._answers("train", PROBLEMS, 1000 + self.seed)
-
-    @cached_property
-    def held_out(self) -> list[Drawn]:
-        """Answers of the SFT model to problems whose numbers no training problem has."""
-        return self._answers(self.options.split, PROBLEMS, 2000 + self.seed)
-
-    def _answers(self, split: str, count: int, seed: int) -> list[Drawn]:
-        return samples.draw(self.home / "sft", sums.prompts(split, count, seed=seed), self.options.ranks, self.seed)
-
-    @cached_property
     def pairs(self) -> Path:
-        """One pair of each problem, where the answers allow one."""
-        return samples.pairs(self.drawn, self.home / "pairs.jsonl")
+        """One pair of each training problem, where the SFT model's answers allow one."""
+        return self._pairs("sft", "pairs", "train", 1000)
+
+    @cached_property
+    def held_out(self) -> Path:
+        """Pairs of the SFT model's answers to problems whose numbers no training problem has."""
+        return self._pairs("sft", "held_out_pairs", self.options.split, 2000)
+
+    @cached_property
+    def second_pairs(self) -> Path:
+        """Pairs of the DPO model's own answers to other training problems: more of them, as fewer are wrong."""
+        return self._pairs("dpo", "second_pairs", "train", 3000, samples=2 * DRAWS)
+
+    def _pairs(self, model: str, name: str, split: str, base: int, samples: int = DRAWS) -> Path:
+        problems = sums.prompts(split, PROBLEMS, seed=base + self.seed)
+        return own.pairs(
+            self.home / model, problems, self.home / name, samples=samples, seed=self.seed,
+            processes=self.options.ranks,
+        )  # fmt: skip
 
     @cached_property
     def labels(self) -> Path:
-        """Every different answer, marked good or bad."""
-        return samples.labels(self.drawn, self.home / "labels.jsonl")
+        """Every different answer of those the pairs were chosen from, marked good or bad."""
+        return own.chosen_anew(self.pairs, self.home / "labels", "--keep", "rejection", "--write", "binary")
 
 
 def data(place: Path, option: str = "datasets") -> list[str]:
@@ -168,9 +174,16 @@ class Arm:
 
 
 def _reward_data(run: Seed) -> list[str]:
-    train = samples.pairs(run.drawn, run.home / "reward_pairs.jsonl", limit=PAIRS)
-    test = samples.pairs(run.held_out, run.home / "reward_pairs_held_out.jsonl", limit=PAIRS)
+    train = own.chosen_anew(run.pairs, run.home / "reward_pairs", "--per-prompt", PAIRS)
+    test = own.chosen_anew(run.held_out, run.home / "held_out_reward_pairs", "--per-prompt", PAIRS)
     return data(train) + data(test, "eval_datasets")
+
+
+def _second_round(run: Seed) -> list[str]:
+    # The first round taught the form; its pairs differ in a digit now, and at the first round's rate the model would
+    # unlearn more of its right digits than it learns.
+    gently = ["--learning_rate", "2e-5", "--loss_weights", "[1.0, 1.0]"]
+    return [*data(run.second_pairs), "--model_name_or_path", str(run.home / "dpo"), *gently]
 
 
 def _arms(*arms: Arm) -> dict[str, Arm]:
@@ -180,6 +193,7 @@ def _arms(*arms: Arm) -> dict[str, Arm]:
 ARMS = _arms(
     Arm("reward", "reward", "", _reward_data),
     Arm("dpo", "dpo", "sft", lambda run: data(run.pairs)),
+    Arm("dpo_again", "dpo", "dpo", _second_round),
     Arm("orpo", "orpo", "pretrain", lambda run: []),
     Arm("kto", "kto", "sft", lambda run: data(run.labels)),
     Arm("ppo", "ppo", "sft", lambda run: ["--reward_funcs", "checker"]),
@@ -188,8 +202,8 @@ ARMS = _arms(
 )
 # What an arm learns from, its meaning shuffled away: an arm that gains so gains by something else.
 CONTROLS = {
-    "dpo": Arm("dpo_control", "dpo", "sft", lambda run: data(samples.shuffled_pairs(run.pairs, run.seed))),
-    "kto": Arm("kto_control", "kto", "sft", lambda run: data(samples.shuffled_labels(run.labels, run.seed))),
+    "dpo": Arm("dpo_control", "dpo", "sft", lambda run: data(own.shuffled_pairs(run.pairs, run.seed))),
+    "kto": Arm("kto_control", "kto", "sft", lambda run: data(own.shuffled_labels(run.labels, run.seed))),
     "ppo": Arm("ppo_control", "ppo", "sft", lambda run: ["--reward_funcs", "align_kit.demo.control:shuffled_reward"]),
 }
 

@@ -14,6 +14,7 @@ from align_kit.data.checkers import distinct
 from align_kit.demo.workers import spread
 
 CARD = "sums_prompts"  # names the problems and the checker that judges answers to them
+LONGEST = 48  # tokens of an answer
 SAMPLES = 4  # sampled completions per problem, at temperature 1
 
 
@@ -47,8 +48,9 @@ def score(
     `start` is the model it started from; None for one that was trained from random weights.
     """
     prompts, answers = [row["prompt"] for row in problems], [row["answer"] for row in problems]
-    best = spread(folder, prompts, processes, samples=1, temperature=0.0, seed=seed, references=answers)
-    drawn = spread(folder, prompts, processes, samples=SAMPLES, temperature=1.0, seed=seed)
+    best = spread(folder, prompts, processes, samples=1, temperature=0.0, seed=seed, max_new_tokens=LONGEST,
+                  references=answers)  # fmt: skip
+    drawn = spread(folder, prompts, processes, samples=SAMPLES, temperature=1.0, seed=seed, max_new_tokens=LONGEST)
     check = cards.checker(cards.load_card(CARD))
     verdicts = [check(p, texts[0], a) for p, texts, a in zip(prompts, best.completions, answers, strict=True)]
     exact = [
@@ -73,7 +75,7 @@ def divergence(
     """Return the mean of log p - log p_start (nats per completion) over `completions`, which `model` wrote."""
     asked = [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts]
     texts = [text for some in completions for text in some]
-    only = {"samples": 0, "temperature": 0.0, "seed": 0, "references": texts}
+    only = {"samples": 0, "temperature": 0.0, "seed": 0, "max_new_tokens": 0, "references": texts}
     surprise, at_start = (spread(one, asked, processes, **only).nll for one in (model, start))
     return (at_start - surprise) / len(texts)
 

@@ -15,6 +15,7 @@ TITLES = {
     "pretrain": "base",
     "sft": "SFT",
     "dpo": "DPO",
+    "dpo_again": "DPO, second round",
     "orpo": "ORPO, from base",
     "kto": "KTO",
     "ppo": "PPO",
@@ -23,6 +24,7 @@ TITLES = {
     "kto_control": "KTO, shuffled labels",
     "ppo_control": "PPO, shuffled rewards",
 }
+BEFORE = {"sft": "pretrain", "dpo_again": "dpo"}  # what an arm's gain is over, where not over SFT
 COLUMNS = (
     "model", "tokens", "perplexity", "exact, greedy", "exact, sampled", "shows work", "format", "distinct", "KL",
 )  # fmt: skip
@@ -87,11 +89,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def gains(results: Results) -> str:
-    """Return a row for each seed and comparison: SFT over the base model, every other arm over SFT."""
+    """Return a row for each seed and arm: SFT over the base model, a second round over the first, others over SFT."""
     rows = []
     for seed, found in results.items():
         for after in found:
-            before = "pretrain" if after == "sft" else "sft"
+            before = BEFORE.get(after, "sft")
             if after != "pretrain":
                 pair = (found[before], found[after])
                 greedy, sampled = gain(pair[0].greedy, pair[1].greedy), gain(pair[0].sampled, pair[1].sampled)

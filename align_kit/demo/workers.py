@@ -15,10 +15,11 @@ class Job:
 
     folder: str
     prompts: tuple[str, ...]
+    places: tuple[int, ...]  # of the prompts among all: what is drawn depends on them, not on who draws it
     samples: int
     temperature: float
     seed: int
-    max_new_tokens: int = 48
+    max_new_tokens: int
     references: tuple[str, ...] = ()
 
 
@@ -43,6 +44,7 @@ def work(job: Job) -> Answer:
         model,
         tokenizer,
         job.prompts,
+        keys=job.places,
         samples=job.samples,
         temperature=job.temperature,
         max_new_tokens=job.max_new_tokens,
@@ -53,15 +55,14 @@ def work(job: Job) -> Answer:
 
 
 def spread(folder: Path, prompts: Sequence[str], processes: int, **options: Any) -> Answer:
-    """Do one job with its prompts split over `processes`; the result depends on their number, not on their speed."""
+    """Do one job with its prompts split over `processes`; the result does not depend on their number."""
     references = options.pop("references", ())
-    seed = options.pop("seed")
     jobs = [
         Job(
             str(folder),
             tuple(prompts[i::processes]),
+            tuple(range(len(prompts))[i::processes]),
             references=tuple(references[i::processes]),
-            seed=seed + i,
             **options,
         )
         for i in range(processes)

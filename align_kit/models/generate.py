@@ -7,16 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from align_kit.models import load, moe, source
+from align_kit.models.completion import Completion, Drawing
+from align_kit.models.quantiles import Ids, Quantiles, ends_of, padded, uniform
 
 
-def open_model(folder: str | Path) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of `folder` for inference on this process's device, in the precision stored."""
+def open_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of `folder` for inference on this process's device, in `dtype`."""
     where = source.resolve(str(folder))
-    model = load.load_policy(where, dtype=torch.float32, seed=0).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load.load_tokenizer(where)
+    model = load.load_policy(where, dtype=dtype, seed=0, trust_remote_code=trust_remote_code).eval()
+    tokenizer = load.load_tokenizer(where, trust_remote_code=trust_remote_code)
+    load.check_vocabulary(model, tokenizer, str(folder))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def complete(
@@ -29,39 +42,81 @@ def complete(
     max_new_tokens: int = 64,
     batch_size: int = 256,
     seed: int = 0,
+    keys: Sequence[int] | None = None,
 ) -> list[list[str]]:
     """Return `samples` completions of each prompt; temperature 0 is greedy and gives the one there is.
 
-    Prompts of like length share a batch (padded on the left). The
-    same arguments give the same completions.
+    The same arguments give the same completions, those of a prompt a function of the seed and its key: its place,
+    where no keys are given.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    work = [i for i in order for _ in range(samples)]
+    how = Drawing(samples, temperature, length=max_new_tokens, seed=seed)
+    ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     found: list[list[str]] = [[] for _ in prompts]
-    torch.manual_seed(seed)
-    for start in range(0, len(work), batch_size):
-        batch = work[start : start + batch_size]
-        texts = _one_batch(model, tokenizer, [prompts[i] for i in batch], temperature, max_new_tokens)
-        for i, text in zip(batch, texts, strict=True):
-            found[i].append(text)
+    for places in batches(list(map(len, ids)), max(1, batch_size // max(1, samples))):
+        mine = places if keys is None else [keys[place] for place in places]
+        drawn = draw(model, tokenizer, [ids[place] for place in places], how, mine, special=False)
+        for place, some in zip(places, drawn, strict=True):
+            found[place] = [one.text for one in some]
     return found
 
 
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the places of prompts in batches of `size`, like lengths together, so that few tokens are padding."""
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
 @torch.inference_mode()
-def _one_batch(model: Any, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=True)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ids_BT: Tensor = model.generate(
-        **{name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")},
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **moe.generating(model),
-        **sampling,
+def draw(
+    model: Any, tokenizer: Any, prompts: Sequence[Ids], how: Drawing, keys: Sequence[int], *, special: bool = True
+) -> list[list[Completion]]:
+    """Return `how.samples` completions of each prompt (tokens), computed together; `special` tokens in them are text.
+
+    Completion j of a prompt is a function of (seed, its key, j) and of the model, but for rounding: what shares its
+    batch does not matter. What the model brings for chatting (penalties, its own temperature) is left aside.
+    """
+    if not how.samples:
+        return [[] for _ in prompts]
+    rows = [prompt for prompt in prompts for _ in range(how.samples)]
+    ends, pad = ends_of(model, tokenizer), tokenizer.pad_token_id
+    ids_BT, attention_BT = padded(rows, pad, model.device)
+    width = ids_BT.shape[1]
+    asked = GenerationConfig(
+        do_sample=False, max_new_tokens=how.length, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
     )
-    return tokenizer.batch_decode(ids_BT[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    with load.plain_transformers():
+        written_BT = model.generate(
+            input_ids=ids_BT, attention_mask=attention_BT, generation_config=asked,
+            logits_processor=_processors(how, keys, width, model.device), **moe.generating(model),
+        )[:, width:]  # fmt: skip
+    found = [
+        _read(tokenizer, prompt, ids, ends, special)
+        for prompt, ids in zip(rows, written_BT.tolist(), strict=True)
+    ]
+    return [found[at : at + how.samples] for at in range(0, len(found), how.samples)]
+
+
+def _processors(how: Drawing, keys: Sequence[int], width: int, device: torch.device) -> LogitsProcessorList:
+    if not how.temperature:
+        return LogitsProcessorList()
+    found: list[LogitsProcessor] = [TemperatureLogitsWarper(how.temperature)] if how.temperature != 1 else []
+    found += [TopKLogitsWarper(how.top_k)] if how.top_k else []
+    found += [TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
+    draws = uniform([(how.seed, key, place) for key in keys for place in range(how.samples)], how.length)
+    return LogitsProcessorList([*found, Quantiles(torch.from_numpy(draws).to(device), width, 1.0)])
+
+
+def _read(tokenizer: Any, prompt: Ids, written: Ids, ends: Sequence[int], special: bool) -> Completion:
+    """Return what a row of tokens says up to the one that ends it; `generate` fills the rest of a batch up."""
+    stop = next((place for place, token in enumerate(written) if token in ends), None)
+    ids = written[:stop]
+    # Some tokenizers drop a space at the start of what they decode; after the prompt it stands.
+    before, whole, alone = (
+        tokenizer.decode(tokens, skip_special_tokens=not special) for tokens in (prompt, [*prompt, *ids], ids)
+    )
+    text = whole.removeprefix(before) if whole.startswith(before) else alone
+    control = any(token in tokenizer.all_special_ids for token in ids)
+    return Completion(text, len(ids) + (stop is not None), stop is not None, control)
 
 
 @torch.inference_mode()

@@ -118,7 +118,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> li
     from transformers import GenerationConfig
 
     from align_kit.models import load, moe
-    from align_kit.trainers.rollout import ends_of
+    from align_kit.models.quantiles import ends_of
 
     encoded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     ends, pad = list(ends_of(model, tokenizer)), tokenizer.pad_token_id

@@ -29,6 +29,7 @@ from align_kit.data.origins import COLUMN as SOURCE_PARTS
 from align_kit.errors import UserError
 from align_kit.forward.logprobs import token_logps, tokens_and_values, value_states
 from align_kit.losses import AdaptiveKL, FixedKL, RunningMoments, policy_loss, value_loss
+from align_kit.models.quantiles import ends_of
 from align_kit.telemetry import spent
 from align_kit.telemetry.replayed import put_aside
 from align_kit.trainers import experience
@@ -38,7 +39,7 @@ from align_kit.trainers.experience import Columns, Shaping
 from align_kit.trainers.iteration import Endless, IterationEnd
 from align_kit.trainers.reference import largest_gap
 from align_kit.trainers.rewards import check_named, reward_source, rewards_of
-from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for, ends_of
+from align_kit.trainers.rollout import GATHERED, LocalWriter, Sampling, Writer, copy_bytes, draws_for
 
 SAMPLES = "samples.jsonl"
 EVALUATION = 1 << 30  # stands for the iteration in the draws of an evaluation, which are the same every time

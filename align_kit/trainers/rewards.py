@@ -7,13 +7,8 @@ strings or messages; completions are strings, or one assistant message each wher
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,13 +16,13 @@ from torch import Tensor, nn
 
 from align_kit.data.checkers import as_reward
 from align_kit.data.collate import pad_BT
+from align_kit.data.functions import RewardFunction, check_finite, function, rewards
 from align_kit.data.render import Renderer
 from align_kit.data.tokenise import tokenizer_digest
 from align_kit.errors import UserError
 from align_kit.trainers.base import Known
 
 CHECKER = "checker:"
-Function = Callable[..., Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class ModelJudge:
     def __call__(self, policy: nn.Module, judged: Judged) -> Tensor:
         batch = judged.batch if self.tokenizer is None else self._retokenised(judged)
         scores_B: Tensor = self.held.scores(policy, batch).float()
-        _check_finite(f"the reward model {self.name}", scores_B.tolist(), judged)
+        check_finite(f"the reward model {self.name}", scores_B.tolist(), judged.completions)
         return scores_B
 
     def _retokenised(self, judged: Judged) -> dict[str, Tensor]:
@@ -88,55 +83,16 @@ class ModelJudge:
 class FunctionJudge:
     """A Python function, such as a checker of answers."""
 
-    def __init__(self, name: str, function: Function) -> None:
+    def __init__(self, name: str, function: RewardFunction) -> None:
         self.name = name
         self.function = function
 
     def __call__(self, policy: nn.Module, judged: Judged) -> Tensor:
-        completions: Sequence[Any] = judged.completions
-        if judged.prompts and not isinstance(judged.prompts[0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in judged.completions]
-        shown = {
-            "prompts": judged.prompts,
-            "completions": completions,
-            "completion_ids": judged.completion_ids,
-            "answer": judged.answers,
-        }
-        self._check_call(shown)
-        return torch.tensor(self._checked(self.function(**shown), judged), dtype=torch.float32)
-
-    def _check_call(self, shown: Mapping[str, Any]) -> None:
-        """Tell a function that takes other arguments from one that fails inside, whose author needs the place."""
-        try:
-            inspect.signature(self.function).bind(**shown)
-        except TypeError as error:
-            raise UserError(
-                f"the reward function {self.name} cannot be called ({error}); it is given {', '.join(shown)} by name: "
-                "let it take those it reads, and **kwargs"
-            ) from None
-
-    def _checked(self, given: Any, judged: Judged) -> list[float]:
-        try:
-            scores = [float(score) for score in given]
-        except (TypeError, ValueError):
-            raise UserError(
-                f"the reward function {self.name} gave {given!r:.80}; it must give a list of numbers"
-            ) from None
-        if len(scores) != len(judged.completions):
-            raise UserError(
-                f"the reward function {self.name} gave {len(scores)} numbers for {len(judged.completions)} "
-                "completions; it must give one each"
-            )
-        _check_finite(f"the reward function {self.name}", scores, judged)
-        return scores
-
-
-def _check_finite(who: str, scores: Sequence[float], judged: Judged) -> None:
-    broken = next((row for row, score in enumerate(scores) if not math.isfinite(score)), None)
-    if broken is not None:
-        raise UserError(
-            f"{who} gave {scores[broken]} for {judged.completions[broken]!r:.80}; every reward must be finite"
-        )
+        found = rewards(
+            self.name, self.function, prompts=judged.prompts, completions=judged.completions,
+            completion_ids=judged.completion_ids, answers=judged.answers,
+        )  # fmt: skip
+        return torch.tensor(found, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -163,28 +119,6 @@ def judge_of(named: str) -> FunctionJudge:
     if named.startswith(CHECKER):
         return FunctionJudge("checker", as_reward(function(named.removeprefix(CHECKER))))
     return FunctionJudge(named.replace(":", ".").rpartition(".")[2], function(named))
-
-
-def function(dotted: str) -> Function:
-    """Return the function that `module:name` or `module.name` names; modules in the working directory are found too."""
-    module, _, name = dotted.replace(":", ".").rpartition(".")
-    if not module:
-        raise UserError(f"reward_funcs: {dotted!r} names no module; give module:function, such as rewards:length")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise UserError(
-            f"reward_funcs: {dotted!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
-        ) from None
-    except Exception as error:  # whatever a module does while it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"reward_funcs: {dotted!r} cannot be imported ({reason}); mend its module") from None
-    if not callable(found):
-        raise UserError(f"reward_funcs: {module} has no function {name!r}; check the name")
-    return found  # type: ignore[no-any-return]
 
 
 def check_named(named: Sequence[str]) -> None:

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList
 
 from align_kit.models import moe
 from align_kit.models.load import plain_transformers
 from align_kit.models.lora import TRAINED
+from align_kit.models.quantiles import Ids, Quantiles, padded, uniform
 
-Ids = list[int]
 GATHERED, COPIED = "gathered", "copied"
 CHUNK = 1 << 26  # elements gathered together while a copy is refreshed: 256 MB in fp32
 
@@ -61,17 +61,9 @@ class Writer(Protocol):
         """
 
 
-def ends_of(policy: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that end a completion: the tokenizer's, and those of the model's generation configuration."""
-    config = getattr(policy, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    more = named if isinstance(named, list | tuple) else [] if named is None else [named]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
-
-
 def draws_for(rows: Sequence[int], length: int, *, seed: int, iteration: int) -> np.ndarray:
     """Return uniform numbers (rows x `length`), those of a row a function of (seed, iteration, row) alone."""
-    return np.stack([np.random.default_rng((seed, iteration, row)).random(length) for row in rows])
+    return uniform([(seed, iteration, row) for row in rows], length)
 
 
 class LocalWriter:
@@ -125,12 +117,8 @@ class LocalWriter:
 
     def _batch(self, prompts: Sequence[Ids], draws: np.ndarray) -> list[Written]:
         how, device = self.sampling, next(self.model.parameters()).device
-        longest = max(map(len, prompts))
-        ids_BT = torch.full((len(prompts), longest), how.pad, device=device)
-        attention_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-            attention_BT[row, longest - len(prompt) :] = 1
+        ids_BT, attention_BT = padded(prompts, how.pad, device)
+        longest = ids_BT.shape[1]
         quantiles = Quantiles(torch.from_numpy(draws).to(device), longest, how.temperature)
         written_BT = self.model.generate(
             input_ids=ids_BT, attention_mask=attention_BT, max_new_tokens=how.length, do_sample=False, num_beams=1,
@@ -145,29 +133,6 @@ def _until_end(ids: Ids, logps: list[float], ends: Sequence[int]) -> Written:
     """Return the completion up to the token that ends it; `generate` fills the rest of a batch up."""
     stop = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
     return Written(ids[:stop], logps[:stop], stop is not None)
-
-
-class Quantiles(LogitsProcessor):  # type: ignore[misc]
-    """Leave of each row's next tokens the one at a given quantile: sampling with the randomness from outside.
-
-    The smallest token id whose cumulative probability exceeds the draw; remembers its log-probability.
-    """
-
-    def __init__(self, draws_BT: Tensor, prompt_length: int, temperature: float) -> None:
-        self.draws_BT = draws_BT
-        self.prompt_length = prompt_length
-        self.temperature = temperature
-        self.logps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        place = input_ids.shape[1] - self.prompt_length
-        logps_BV = (scores.float() / self.temperature).log_softmax(-1)
-        mass_BV = logps_BV.double().exp().cumsum(-1)
-        # Rounding leaves the whole mass a little off 1; a draw must never fall behind the last token.
-        target_B1 = self.draws_BT[:, place : place + 1] * mass_BV[:, -1:]
-        token_B1 = torch.searchsorted(mass_BV, target_B1, right=True).clamp(max=mass_BV.shape[1] - 1)
-        self.logps.append(logps_BV.gather(1, token_B1).squeeze(1))
-        return torch.full_like(scores, float("-inf")).scatter(1, token_B1, 0.0)
 
 
 # --- the hollow copy --------------------------------------------------------------------------------------

@@ -1,0 +1,195 @@
+"""`align-kit sample`: a model's own completions, judged and kept, as data to train on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_kit import log
+from align_kit.data import made
+from align_kit.data.shapes import Row
+from align_kit.errors import UserError
+from align_kit.sampling import choosing, journal, options, prompts, told
+from align_kit.sampling.options import MAJORITY, Asked
+from align_kit.sampling.prompts import Prompts, key_of
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Prompts and their completions; `drawn_as` says by which model, how, and where the prompts come from."""
+
+    rows: Sequence[Row]
+    drawn: Sequence[Sequence[Any]]
+    drawn_as: Mapping[str, Any]
+    repeated: int = 0
+
+
+def sample(words: Sequence[str]) -> int:
+    """Carry out `align-kit sample …` and return its exit code; raises `UserError` for the user's mistakes.
+
+    What was drawn when it is stopped is kept beside the output, and the same command goes on from there.
+    """
+    asked = options.parse(words)
+    log.quiet()
+    made.check_free(asked.output, overwrite=asked.overwrite)
+    if asked.reason_template is not None:
+        choosing.template_of(asked.reason_template)
+    scratch = Path(f"{asked.output}.drawn")
+    with _ending_well(scratch):
+        answered = _drawn_before(asked) if asked.drawn_before else _answered(asked, scratch)
+        card = _kept(asked, answered, words)
+    journal.remove(scratch)
+    log.say(f"train on it: --datasets {shlex.quote(json.dumps([{'path': str(card)}]))}")
+    return 0
+
+
+def _answered(asked: Asked, scratch: Path) -> Answered:
+    """Draw the completions of all prompts; what can be said against the judge is said before."""
+    from align_kit.models import source
+    from align_kit.models.completion import Drawing
+    from align_kit.sampling import drawing
+
+    found = prompts.read(asked.prompts, asked.limit)
+    for warning in found.warnings:
+        log.warn(warning)
+    if asked.judged:
+        _judge(asked, found.checker).check(found.rows)
+    teacher = source.resolve(asked.model, option="the model")
+    if teacher.head != "lm":
+        raise UserError(f"{asked.model} gives scores, not words; give a language model")
+    how = Drawing(asked.samples, asked.temperature, asked.top_p, asked.top_k, asked.length, asked.seed)
+    name = Path(teacher.name).name if Path(teacher.name).expanduser().is_dir() else teacher.name
+    drawn_as = {"model": name, "model_digest": source.digest(teacher), **_named(how), "dtype": asked.dtype}
+    rows, ids = _tokens(asked, found.rows, teacher)
+    with journal.opened(scratch, drawn_as) as done:
+        work = drawing.Work(
+            asked.model, {key_of(row): one for row, one in zip(rows, ids, strict=True)}, how, asked.batch_size,
+            asked.dtype, asked.trusted, asked.workers,
+        )  # fmt: skip
+        before = sum(key in done.found for key in work.prompts)
+        log.say(
+            f"{len(rows):,} prompts, {how.samples} completions each by {name} ({drawn_as['model_digest'][:16]})"
+            + (f"; {before:,} prompts are answered already" if before else "")
+        )
+        drawing.drawn(work, done)
+        drawn = [done.found[key_of(row)] for row in rows]
+    return Answered(rows, drawn, {**drawn_as, **_sources(found)}, found.repeated)
+
+
+def _named(how: Any) -> dict[str, Any]:
+    named = {"samples": how.samples, "temperature": how.temperature, "max_new_tokens": how.length, "seed": how.seed}
+    return {**named, "top_p": how.top_p, "top_k": how.top_k}
+
+
+def _sources(found: Prompts) -> dict[str, Any]:
+    return {"from": list(found.origins), "licences": list(found.licences), "checker": found.checker}
+
+
+def _tokens(asked: Asked, rows: Sequence[Row], teacher: Any) -> tuple[list[Row], list[list[int]]]:
+    """Return the prompts the model has room to answer, and their tokens."""
+    from transformers import AutoConfig
+
+    from align_kit.data.render import Renderer
+    from align_kit.models import load
+
+    tokenizer = load.load_tokenizer(teacher, trust_remote_code=asked.trusted)
+    ids = Renderer(tokenizer).prompts(rows)
+    with load.naming(teacher):
+        config = AutoConfig.from_pretrained(str(teacher.weights.folder), trust_remote_code=asked.trusted)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fitting = [(row, one) for row, one in zip(rows, ids, strict=True) if 0 < len(one) <= longest - asked.length]
+    if len(fitting) < len(rows):
+        log.warn(
+            f"{len(rows) - len(fitting):,} of {len(rows):,} prompts are left out: empty, or longer than the "
+            f"{longest - asked.length:,} tokens the model reads beside --max-new-tokens {asked.length}"
+        )
+    if not fitting:
+        raise UserError(f"the model has no room for any prompt beside --max-new-tokens {asked.length}; lower it")
+    return [row for row, _ in fitting], [one for _, one in fitting]
+
+
+def _drawn_before(asked: Asked) -> Answered:
+    assert asked.drawn_before is not None
+    drawn_as, rows, drawn = journal.finished(asked.drawn_before)
+    return Answered(rows[: asked.limit], drawn[: asked.limit], drawn_as)
+
+
+def _judge(asked: Asked, checker: str | None) -> Any:
+    from align_kit.sampling import judging
+
+    return judging.judge_of(asked, checker)
+
+
+def _kept(asked: Asked, answered: Answered, words: Sequence[str]) -> Path:
+    """Judge the completions, write what is kept, and return its card; raises `UserError` where nothing is."""
+    scores: Sequence[Sequence[float | None]] = [[None] * len(some) for some in answered.drawn]
+    at_least, judged_by = asked.at_least, {}
+    if asked.judged:
+        judge = _judge(asked, answered.drawn_as["checker"])
+        judge.check(answered.rows)
+        scores = judge(answered.rows, answered.drawn)
+        at_least = judge.at_least if at_least is None else at_least
+        judged_by = {"judge": judge.name, **({"judge_digest": judge.digest} if judge.digest else {})}
+    if missing := choosing.fits(asked, at_least):
+        raise UserError(missing)
+    chooser = choosing.Chooser(asked, at_least, _answer_of(asked))
+    for row, some, given in zip(answered.rows, answered.drawn, scores, strict=True):
+        chooser.add(row, some, given)
+    found = chooser.found
+    completions = sum(map(len, answered.drawn))
+    log.say(told.table(asked, found, answered.repeated, completions, len(answered.rows), at_least))
+    if not found.rows:
+        raise UserError("nothing is left to write; what was drawn is kept: see the table for what to ask for instead")
+    facts = told.made_set(asked, words, answered.drawn_as, found, judged_by, answered.repeated, at_least)
+    card = _write(asked, answered, scores, facts, found.rows)
+    log.say(f"written: {card} ({len(found.rows):,} rows of {len(answered.rows):,} prompts)")
+    return card
+
+
+def _write(
+    asked: Asked, answered: Answered, scores: Sequence[Sequence[float | None]], facts: made.MadeSet, rows: list[Row]
+) -> Path:
+    """Write the rows, and beside them every completion with its score, so that others can be chosen later."""
+    finite = [[None if one is None or math.isnan(one) else one for one in some] for some in scores]
+    with tempfile.TemporaryDirectory() as aside:
+        all_of_them, how = Path(aside) / journal.DRAWN, Path(aside) / journal.ASKED
+        with all_of_them.open("wb") as stream:
+            stream.writelines(journal.completed_lines(answered.rows, answered.drawn, finite))
+        how.write_text(json.dumps(dict(answered.drawn_as), indent=1) + "\n", encoding="utf-8")
+        beside = {journal.DRAWN: all_of_them, journal.ASKED: how}
+        return made.write_made(asked.output, facts, {"train": rows}, overwrite=asked.overwrite, beside=beside)
+
+
+def _answer_of(asked: Asked) -> choosing.AnswerOf:
+    from align_kit.data import checkers, functions
+
+    if asked.keep != MAJORITY or not asked.answer_of:
+        return checkers.number_of
+    return functions.function(asked.answer_of, "--answer-of")
+
+
+@contextmanager
+def _ending_well(scratch: Path) -> Iterator[None]:
+    """Say what is kept where Ctrl-C or SIGTERM stops the command."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; what was drawn is kept in {scratch}, and the same command goes on from there"
+        print(f"\nstopped{kept if scratch.is_dir() else ''}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
