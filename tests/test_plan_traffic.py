@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_kit.plan.engines import played
-from align_kit.plan.facts import Held
+from align_kit.plan.engines import Played, played
+from align_kit.plan.facts import Held, Rollout, Weight
 from align_kit.plan.gathers import BACKWARD
 from align_kit.plan.traffic import Sent, Traffic, traffic
 from align_kit.plan.wire import on_wire
+from tests.families import tiny
 from tests.harness import Ranks
 from tests.plan_shapes import engine_config, llama, llama_7b, run_of
-from tests.small import lab_of
+from tests.small import SIZES, lab_of, make_tokenizer
 
 GATHER, SCATTER, REDUCE, AGREE = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast"
 SMALL = {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 16, "vocab": 10}
@@ -101,6 +105,75 @@ def test_a_reference_on_the_same_base_keeps_all_of_it_whole_in_the_backward() ->
     assert most(phase="dpo", frozen=(Held("reference", "adapter"),)) >= base
 
 
+def test_a_table_of_positions_is_not_met_in_a_backward_unless_it_is_trained() -> None:
+    """What the embedding gives is made to carry a gradient where layers are computed again; positions carry none."""
+    positions = Weight("base_model.model.model.embed_positions.weight", (16, 8))
+
+    def gathered(trained: bool) -> int:
+        bare = small(rank=2)
+        embedding, *others = bare.weights
+        shape = replace(bare, weights=(embedding, replace(positions, trained=trained), *others))
+        run = run_of(shape, use_peft=True, checkpointing=True, engine={"prefetch_bucket": 0, "max_reuse": 0})
+        return played(run, 1)[0].times[1]
+
+    assert (gathered(trained=False), gathered(trained=True)) == (1, 2)
+
+
+def test_what_is_trained_whole_beside_an_adapter_computes_in_place_of_its_original() -> None:
+    bare = small(rank=2)
+    *others, head = bare.weights
+    name = head.name.removesuffix(".weight")
+    copies = (Weight(f"{name}.original_module.weight", head.shape, False),)
+    copies += (Weight(f"{name}.modules_to_save.default.weight", head.shape),)
+    found = played(run_of(replace(bare, weights=(*others, *copies)), use_peft=True), 1)[0].times
+    original = len(others)
+    assert found[original] == 0 and found[original + 1] == 2
+
+
+def test_a_forward_before_the_first_step_decides_what_each_later_one_lets_go() -> None:
+    """DeepSpeed remembers by module and step: nothing followed the embedding where a fresh head was checked."""
+    def gathered(gated: bool) -> Any:
+        run = run_of(small(head="score"), phase="reward", forward="plain", gated=gated, engine={"prefetch_bucket": 0})
+        return played(run, 1)[0].times
+
+    checked, unchecked = gathered(True), gathered(False)
+    assert checked[0] == 2 and unchecked[0] == 1
+    assert checked.keys() == unchecked.keys()
+
+
+class AllPlayed(Played):
+    """Plays all that comes over and over."""
+
+    def _repeat(self, times: int, play: Callable[[], None]) -> None:
+        for _ in range(times):
+            play()
+
+
+REPEATED: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "reward": {"forward": "packed"},
+    "dpo": {"frozen": (Held("reference", "sharded", small()),)},
+    "dpo lora": {"frozen": (Held("reference", "adapter"),), "checkpointing": True},
+    "kto lora": {"frozen": (Held("reference", "adapter"),), "forward": "plain"},
+    "ppo": {"frozen": (Held("reference", "sharded", small()),), "rollout": Rollout(5, 8, 4, 4, 4, "copied", 1, 3)},
+}
+
+
+@pytest.mark.parametrize("case", REPEATED)
+@pytest.mark.parametrize("engine", [{}, {"prefetch_bucket": 400, "max_live": 900, "max_reuse": 700}])
+@pytest.mark.parametrize("micros", [1, 2, 3, 7])
+def test_what_is_counted_and_not_played_is_what_playing_it_would_count(case: str, engine: Any, micros: int) -> None:
+    phase, rank = case.split()[0], 2 * ("lora" in case)
+    shape = small(rank=rank, head="score" if phase == "reward" else "lm")
+    run = run_of(shape, phase=phase, engine=engine, use_peft=rank > 0, **REPEATED[case])
+    some, every = Played(run, micros), AllPlayed(run, micros)
+    for play in (some, every):
+        play.start()
+        for _ in range(3):
+            play.cycle()
+    assert some.gathered() == every.gathered()
+
+
 def test_rings_send_each_rank_all_others_shards() -> None:
     assert on_wire(GATHER, 10, 8) == 70
     assert on_wire(SCATTER, 80, 8) == 70
@@ -153,7 +226,27 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo lora": {"zero": SPLIT, "use_peft": True},
     "kto": {"zero": {}, "reference_placement": "sharded"},
     "ppo": {"zero": SPLIT, "max_steps": 12},
+    # What a check before the first step lets go, each step lets go; traces settle with a step's third micro-batch.
+    "reward": {"zero": SPLIT, "gradient_checkpointing": True, "forward": "plain"},
+    "ppo three": {
+        "zero": SPLIT, "num_ppo_epochs": 1, "max_steps": 5, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3, "rollout_placement": "copied",
+    },
+    "sft positions": {"zero": SPLIT, "use_peft": True, "gradient_checkpointing": True},
+    "sft head": {"zero": SPLIT, "use_peft": True, "lora_modules_to_save": ["lm_head"]},
+}  # fmt: skip
+
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "sft positions": {"family": "gpt2"},
+    "sft head": {"family": "llama", "tie_word_embeddings": False},
 }
+
+
+def write_family(place: Path, *, family: str, **changes: Any) -> Path:
+    """Save a small random model of a family with the small tokenizer in `place`."""
+    tiny(family, **{**SIZES, **changes}).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    return place
 
 
 @pytest.mark.slow
@@ -163,12 +256,29 @@ def test_what_is_foreseen_is_what_deepspeed_sends(case: str, ranks: Ranks) -> No
 
     Modules without parameters are not known from a model's parameters; each is one more occasion to gather ahead.
     """
-    options = dict(CASES[case])
+    options, lab = dict(CASES[case]), lab_of(ranks)
     engine = engine_config(**options.pop("zero"))
-    run = lab_of(ranks).train(case.split()[0], deepspeed=engine, **{"max_steps": 5, **options})
+    if case in OTHER_MODELS:
+        options["model_name_or_path"] = write_family(lab.home / case.replace(" ", "-"), **OTHER_MODELS[case])
+    run = lab.train(case.split()[0], deepspeed=engine, **{"max_steps": 5, **options})
     planned, counted = run.manifest["plan"]["traffic"], run.manifest["measured"]["traffic"]
     assert planned.keys() == counted.keys()
     for number, error in {"bytes": 2e-3, "calls": 7e-2}.items():
         said, seen = (sum(sent[number] for sent in by.values()) for by in (planned, counted))
         assert said == pytest.approx(seen, rel=error), f"{number}: {planned} against {counted}"
     assert run.manifest["plan"]["link_bytes"] == pytest.approx(run.manifest["measured"]["link_bytes"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_checks_nothing_before_its_first_step(ranks: Ranks) -> None:
+    """DeepSpeed then has nothing to remember from before, and lets less go."""
+    lab = lab_of(ranks)
+    place, options = lab.home / "gone-on", {"deepspeed": engine_config(**SPLIT), "forward": "plain", "max_steps": 7}
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4}
+    first = lab.start("reward", place, **options, **saving)
+    first.result.ok()
+    whole = first.manifest["plan"]["traffic"][GATHER]
+    again = lab.start("reward", place, **options, **saving, resume=place / "checkpoint-2")
+    again.result.ok()
+    planned, counted = (again.manifest[name]["traffic"][GATHER]["bytes"] for name in ("plan", "measured"))
+    assert planned == pytest.approx(counted, rel=2e-3) and planned < 0.6 * whole["bytes"]

@@ -110,6 +110,7 @@ def describe(
         checkpoints_kept=asked(config, "save_total_limit") if saves(config) else 0,
         checkpoints_made=_checkpoints(config, steps),
         use_peft=config.model.use_peft,
+        gated=recipe.head != "score" or source.head == "lm",
         notes=data.notes,
     )
     return Described(run, batches)

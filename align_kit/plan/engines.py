@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 from align_kit.plan.facts import EngineFacts, Held, Micro, Run, Shape
 from align_kit.plan.gathers import Coordinator, InMemory
 from align_kit.plan.visits import EMBEDDING, HEADS, Call, Module, called, carry, modules
 
-SETTLED_BY = 3  # forwards or more that compare the run's way of computing with the plain one
+SETTLED_BY = 4  # sequences that are computed plain, to compare the run's way with; further ones change nothing
 POLICY = "policy"
 REFERENCE, VALUE = "reference", "value"
 
@@ -128,30 +129,56 @@ class Played:
     def start(self) -> None:
         """Play what comes before the first step: the way of computing is settled, gates are passed."""
         run = self.run
+        for frozen in self.frozen.values() if run.forward != "plain" else ():
+            self._repeat(SETTLED_BY, frozen.forward)
+        if run.resumed:
+            return
         if run.forward != "plain":
-            asked = {"ppo": (POLICY, "states"), "reward": ("trunk",)}.get(run.phase, (POLICY,))
-            for role in asked * SETTLED_BY:
-                self.policy.forward(role)
-        if run.rollout is None and self._has(REFERENCE):
-            self.policy.forward()
-            self._answer(REFERENCE)
+            self._answers("trunk" if run.phase == "reward" else POLICY)
+            self._repeat(SETTLED_BY, lambda: self._answers(POLICY))
+        if run.rollout is None and run.gated and (self._has(REFERENCE) or run.policy.head == "score"):
+            self._ratio()
+
+    def _answers(self, role: str) -> None:
+        """Play what two ways of computing are compared by: PPO's value function is asked for its states, too."""
+        for one in (role, "states") if self.run.phase == "ppo" else (role,):
+            self.policy.forward(one)
 
     def cycle(self) -> None:
         """Play an optimizer step, or an iteration of an online phase with all its steps."""
         rollout = self.run.rollout
         if rollout is not None:
             self._iterate()
-            if not self.begun:
+            if not (self.begun or self.run.resumed):
                 self.policy.forward()  # the gate before the first step
             self.begun = True
-        for _ in range(rollout.steps if rollout else 1):
-            if self.run.phase == "kto":
-                for _ in range(self.micros):
-                    self.policy.forward()
-                    self._answer(REFERENCE)
-            for _ in range(self.micros):
-                self._micro()
-            self.policy.coordinator.update()
+        self._repeat(rollout.steps if rollout else 1, self._step)
+
+    def _repeat(self, times: int, play: Callable[[], None]) -> None:
+        """Play the same so often; once it leaves the engines as it found them the rest is counted and not played."""
+        did = [engine.coordinator for engine in self.engines]
+        for left in reversed(range(times)):
+            standing, counts = self.standing(), [coordinator.counts() for coordinator in did]
+            play()
+            if self.standing() == standing:
+                for coordinator, before in zip(did, counts, strict=True):
+                    coordinator.count_again(before, left)
+                return
+
+    def standing(self) -> Hashable:
+        """Return all that what comes next depends on."""
+        return self.begun, *(engine.coordinator.standing() for engine in self.engines)
+
+    def _step(self) -> None:
+        if self.run.phase == "kto":
+            self._repeat(self.micros, self._ratio)
+        self._repeat(self.micros, self._micro)
+        self.policy.coordinator.update()
+
+    def _ratio(self) -> None:
+        """Play how policy and reference look at a batch without learning from it; a score needs no reference."""
+        self.policy.forward()
+        self._answer(REFERENCE)
 
     def _micro(self) -> None:
         role = POLICY if self.run.rollout is None else "both"
@@ -172,12 +199,10 @@ class Played:
             for place, weight in enumerate(run.policy.weights)
             if not weight.name.startswith(beside) and (".lora_" not in weight.name or ".default." in weight.name)
         )
-        batches = range(math.ceil(rollout.completions / rollout.score_batch_size))
-        for _ in batches:
-            self.policy.forward("both")
+        batches = math.ceil(rollout.completions / rollout.score_batch_size)
+        self._repeat(batches, lambda: self.policy.forward("both"))
         for held in run.frozen:
-            for _ in batches:
-                self._answer(held.role)
+            self._repeat(batches, functools.partial(self._answer, held.role))
 
     def _has(self, role: str) -> bool:
         return any(held.role == role for held in self.run.frozen)
@@ -213,19 +238,22 @@ def without_sizes(run: Run) -> Run:
     return replace(run, **alike, nodes=1, checkpoints_made=0, checkpoints_kept=0, notes=())  # type: ignore[arg-type]
 
 
-WARM_UP = 3  # micro-batches until traces have settled: one is dropped, one recorded, one gathered by
+LEARNT_BY = 8  # steps (or iterations) by which ZeRO-3 has learnt the order of the modules, if it ever does
 
 
 @functools.lru_cache(maxsize=64)
 def played(run: Run, micros: int, begun: int | None = None) -> list[Gathered]:
-    """Return what one step (or iteration) of `run` gathers with `micros` micro-batches, once traces have settled.
+    """Return what one step (or iteration) of `run` gathers with `micros` micro-batches, once it is as the one before.
 
     Or after as many steps (or iterations) as have `begun`.
     """
     play = Played(run, micros)
     play.start()
-    for _ in range(math.ceil(WARM_UP / micros) if begun is None else begun):
+    for _ in range(LEARNT_BY if begun is None else begun):
+        standing = play.standing()
         play.cycle()
+        if begun is None and play.standing() == standing:
+            break
     play.forget()
     play.cycle()
     return play.gathered()

@@ -172,6 +172,8 @@ class Run:
     checkpoints_kept: int | None = 1  # None: all; 0: none are made
     checkpoints_made: int = 0
     use_peft: bool = False
+    resumed: bool = False  # a run that goes on checks nothing before its first step
+    gated: bool = True  # else it is checked that policy and reference are alike, or that a fresh head scores 0
     notes: tuple[str, ...] = field(default=())  # what was assumed, in words
 
     @property

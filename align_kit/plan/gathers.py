@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
-from align_kit.plan.visits import HEADS, Call, Module
+from align_kit.plan.visits import Call, Module
 
 INVALID, RECORDING, COMPLETE = range(3)
 FORWARD, LEARNING, BACKWARD = "forward", "learning", "backward"  # of which the second is followed by the third
@@ -32,6 +33,14 @@ class Bucket:
     waiting: set[int]
     elements: int
     joined: bool = False
+
+
+class Counts(NamedTuple):
+    """How often each parameter was gathered, in how many all-gathers, and how many broadcasts there were."""
+
+    gathered: Counter[int]
+    calls: int
+    agreed: int
 
 
 @dataclass
@@ -106,6 +115,22 @@ class Coordinator:
         self.agreed: list[int] = []  # numbers in each broadcast by which ranks agree on a trace
         self.most = {FORWARD: 0, BACKWARD: 0}  # elements whole at once, but for those that always are
         self.memory = InMemory()
+
+    def standing(self) -> Hashable:
+        """Return all that the next pass depends on: two that are equal are followed by the same."""
+        waits = tuple((place, frozenset(at)) for place, at in enumerate(self.active) if at)
+        return tuple(self.here), waits, frozenset(self.in_flight), self.mode, tuple(map(id, self.order)), len(self.kept)
+
+    def counts(self) -> Counts:
+        """Return what was counted so far."""
+        return Counts(Counter(self.gathered), self.calls, len(self.agreed))
+
+    def count_again(self, since: Counts, times: int) -> None:
+        """Count what was done `since` so many times more."""
+        for place, count in self.gathered.items():
+            self.gathered[place] += times * (count - since.gathered[place])
+        self.calls += times * (self.calls - since.calls)
+        self.agreed += times * self.agreed[since.agreed :]
 
     # --- the passes of an engine ---
 
@@ -299,7 +324,7 @@ class Coordinator:
 
     def _weigh(self, module: Module) -> None:
         """Note what is held while `module` computes."""
-        at = self.passing, self.depth, any(word in HEADS for word in module.name.split("."))
+        at = self.passing, self.depth, module.is_head
         self.memory.note(at, self.whole + self.twice, self.copies(), self.arriving)
 
     def copies(self) -> int:
@@ -312,8 +337,8 @@ class Coordinator:
     def _use(self, place: int) -> None:
         """Take a parameter out of flight."""
         self.in_flight.discard(place)
-        number = self.numbers.pop(place, 0)
-        self.flying = {later: elements for later, elements in self.flying.items() if later > number}
+        if number := self.numbers.pop(place, 0):
+            self.flying = {later: elements for later, elements in self.flying.items() if later > number}
         bucket = self.buckets.pop(place, None)
         if bucket is None:
             return

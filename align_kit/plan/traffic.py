@@ -19,7 +19,6 @@ GATHER, SCATTER, REDUCE, AGREE = "all_gather_into_tensor", "reduce_scatter_tenso
 ALIGNED = 2  # elements a rank that ZeRO-1 and 2 pad a group to (`nccl_start_alignment_factor`)
 NORM_BYTES = {0: 4, 1: 4, 2: 4, 3: 8}  # of a gradient's norm, by stage
 INT_BYTES = 8
-PLAYED = 2  # micro-batches of a step that are played through: each further one adds what the last did
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,7 @@ def _split(run: Run) -> dict[str, Sent]:
 def _gathered(run: Run) -> dict[str, Sent]:
     """Return the all-gathers of a step, and the broadcasts that keep traces in step."""
     steps = run.rollout.steps if run.rollout else 1
-    bare = without_sizes(run)
-    if run.accumulation <= PLAYED:
-        found = _totals(played(bare, run.accumulation), run)
-    else:
-        less, most = (_totals(played(bare, micros), run) for micros in (PLAYED - 1, PLAYED))
-        found = most + (run.accumulation - PLAYED) * (most - less)
+    found = _totals(played(without_sizes(run), run.accumulation), run)
     calls, sent, agreements, told = (found / steps).tolist()
     return {GATHER: Sent(calls, sent), **({AGREE: Sent(agreements, told)} if agreements else {})}
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from align_kit.plan.facts import Shape
 
 NUMBER = re.compile(r"\d+$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)(\.|$)")
+POSITIONS = re.compile(r"(^|\.)(embed_positions|position_embeddings|wpe)$")
 HEADS = ("lm_head", "embed_out", "score", "classifier", "value_head", "reward_heads")
 COLLECTIONS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "reward_heads")
 ORDER = {  # within a layer, and within its attention
@@ -48,7 +50,12 @@ class Module:
         """Return the last word of the module's name."""
         return self.name.rpartition(".")[2]
 
-    @property
+    @cached_property
+    def is_head(self) -> bool:
+        """Whether it is a head, or in one."""
+        return any(word in HEADS for word in self.name.split("."))
+
+    @cached_property
     def is_layer(self) -> bool:
         """Whether it is one of a row of like modules with more in it: what activation checkpointing computes again."""
         return NUMBER.search(self.name) is not None and bool(self.inner) and ".experts." not in self.name
@@ -138,9 +145,16 @@ class Call:
 
 
 def called(root: Module, *, adapter: str | None = "default", head: bool = True) -> list[Call]:
-    """Return the calls that computing `root` makes, with the adapter of that name, or none; without heads if asked."""
+    """Return the calls that computing `root` makes, with the adapter of that name, or none; without heads if asked.
+
+    Of a module that is trained whole beside an adapter, its own copy computes, and the original where there is none.
+    """
     if root.last in HEADS and not head:
         return []
+    if "original_module" in root.inner:
+        copies = root.inner["modules_to_save"].inner
+        computing = copies.get(adapter or "", root.inner["original_module"])
+        return [Call(root, called(computing, adapter=adapter))]
     if root.last in ("lora_A", "lora_B"):
         chosen = root.inner.get(adapter or "")
         return [Call(chosen)] if chosen is not None else []
@@ -151,8 +165,10 @@ def called(root: Module, *, adapter: str | None = "default", head: bool = True) 
 def carry(call: Call, trained: list[bool], *, opened: bool, takes: bool = False) -> bool:
     """Note where gradients flow in `call`, whose input carries one or not; return whether its output does.
 
-    `opened` tells that what the embedding gives is made to carry one, as where layers are computed again.
+    `opened` tells that what the embedding gives is made to carry one, as where layers are computed again. A table of
+    positions takes numbers, as the embedding does, and nothing is made of what it gives.
     """
+    takes = takes and not POSITIONS.search(call.module.name)
     embeds = EMBEDDING.search(next(call.leaves()).module.name) is not None  # first of all: it takes tokens
     call.takes = running = takes and not embeds
     own = any(trained[place] for place in call.module.own)

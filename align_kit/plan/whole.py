@@ -9,7 +9,7 @@ from align_kit.plan.engines import has_engine, played, without_sizes
 from align_kit.plan.facts import Run
 from align_kit.plan.gathers import At
 
-PLAYED = 2  # micro-batches of a step that are played through, as for `traffic`
+PLAYED = 4  # micro-batches of a step that are played through: a further one holds what the last did
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def described(
     find: Find,
     free: int | None,
     recorded: Mapping[str, Any] | None = None,
+    resumed: bool = False,
 ) -> Described:
     """Return the run that `config` asks for with its frozen models, each where the run would put it.
 
@@ -83,7 +84,8 @@ def described(
     held: list[Held] = []
     for role in frozen:
         held.append(_placed(role, config, replace(bare.run, frozen=tuple(held)), site, free))
-    return replace(bare, run=replace(bare.run, frozen=tuple(held)))
+    gated = bare.run.gated and not any(role.separate for role in frozen)
+    return replace(bare, run=replace(bare.run, frozen=tuple(held), gated=gated, resumed=resumed))
 
 
 def _roles(
@@ -259,7 +261,7 @@ def planned(
         tell = partial(
             described, recipe, config, start.source, data,
             find=lambda name, option: source.resolve(name, option=option),
-            free=None if limits.one else limits.device, recorded=recorded,
+            free=None if limits.one else limits.device, recorded=recorded, resumed=bool(home.resume_from),
         )  # fmt: skip
         made = Planned(plan_of(tell(site).run, device), limits, device)
         if config.run.force or made.fits:
