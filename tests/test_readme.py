@@ -25,6 +25,7 @@ COMMANDS = [line.strip() for line in re.findall(r"^    (\S.*)$", README, re.M) i
 LEFT_OUT = {
     "make demo": "takes minutes; tests/test_demo.py runs a smaller one",
     "make test": "is what runs this",
+    "align-kit sample runs/sft card:gsm8k --output runs/pairs": "needs a model that answers; tests/test_sampling.py",
     "make compare": "takes ten minutes; tests/test_compare_runs.py runs a smaller one",
     "align-kit compare dpo --config my_dpo.yaml --vary lora_r=8,32,128": "many runs, as that",
     "align-kit compare sft --config my_sft.yaml --arms full lora=recipes/lora.yaml --seeds 5": "many runs, as that",
@@ -65,9 +66,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     pairs = [{"prompt": f"{i} and {i}?\n", "chosen": f"{2 * i}", "rejected": f"{i}"} for i in range(64)]
     (place / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "my_pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    answered(place / "answered")
+    assert run("align-kit sample --from answered --output runs/pairs", place).returncode == 0
     for name, text in re.findall(r"```yaml\n# (my_\w+\.yaml)\n(.*?)```", README, re.S):
         (place / name).write_text(text)
     return place
+
+
+def answered(folder: Path) -> None:
+    """Write what `align-kit sample` leaves of a model that is right half of the time."""
+    told = [{"text": text, "tokens": 9, "ended": True, "control": False} for text in ("1+1=2\n#### 2", "#### 3")]
+    rows = [{"prompt": f"1 and 1, {number}?\n", "answer": "#### 2", "completions": told} for number in range(64)]
+    drawn_as = {"model": "sft", "model_digest": "0" * 32, "samples": 2, "seed": 0, "licences": ["mit"],
+                "checker": "align_kit.data.checkers:check", "from": [{"card": "gsm8k", "rows": 64}]}  # fmt: skip
+    folder.mkdir()
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "drawn.json").write_text(json.dumps(drawn_as))
 
 
 def run(line: str, place: Path) -> subprocess.CompletedProcess[str]:

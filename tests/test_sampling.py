@@ -22,8 +22,7 @@ from tests.harness import Ranks
 from tests.small import WORDS, write_model, write_scorer
 
 LONG = "150"  # tokens, of which most completions of random weights end before
-STEADY = ["--samples", "4", "--batch-size", "4", "--max-new-tokens", "60", "--keep", "all",
-          "--max-prompts", "12"]  # a batch for each prompt  # fmt: skip
+STEADY = ["--samples", "4", "--batch-size", "4", "--max-new-tokens", "30", "--keep", "all"]  # a batch for each prompt
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def lines(place: Path) -> list[dict[str, Any]]:
 
 def drawn(output: Path, model: Path, asked: Path, *words: str) -> list[dict[str, Any]]:
     """Return all completions of a command that keeps what ends."""
-    common = [str(model), str(asked), "--output", str(output), "--max-new-tokens", LONG, "--keep", "all"]
+    common = [str(model), str(asked), "--output", str(output), "--max-new-tokens", "60", "--keep", "all"]
     assert sample([*common, *words]) == 0
     assert not Path(f"{output}.drawn").exists()
     return lines(output / "completions.jsonl")
@@ -166,35 +165,47 @@ def command(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, asked: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What a command draws that nobody stops."""
+    place = tmp_path_factory.mktemp("whole") / "made"
+    assert sample([str(model), str(asked), *STEADY, "--workers", "1", "--output", str(place)]) == 0
+    return lines(place / "completions.jsonl")
+
+
+STOPS = {
+    "killed": (lambda pid, worker: os.kill(pid, signal.SIGKILL), -signal.SIGKILL, ""),
+    "asked to end": (lambda pid, worker: os.kill(pid, signal.SIGTERM), 130, "what was drawn is kept in"),
+    "a worker killed": (lambda pid, worker: os.kill(worker, signal.SIGKILL), 2, "a worker was killed, for lack of mem"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", STOPS)
 def test_what_was_drawn_survives_a_stop(
-    how: signal.Signals, model: Path, asked: Path, tmp_path: Path, ranks: Ranks
-) -> None:
-    """Killed outright or asked to end, with two workers; the same command goes on, and gives what one piece gives."""
-    words = [str(model), str(asked), *STEADY]
-    assert sample([*words, "--workers", "1", "--output", str(tmp_path / "whole")]) == 0
-    whole = lines(tmp_path / "whole/completions.jsonl")
-    words += ["--workers", "2", "--output", str(tmp_path / "cut")]
+    how: str, model: Path, asked: Path, whole: list[dict[str, Any]], tmp_path: Path, ranks: Ranks,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two workers, and an end before theirs; the same command goes on, and gives what one piece gives."""
+    stop, code, message = STOPS[how]
+    words = [str(model), str(asked), *STEADY, "--workers", "2", "--output", str(tmp_path / "cut")]
     place = tmp_path / "cut.drawn/completions.jsonl"
     running = command(ranks.env, *words)
     while not (place.exists() and place.read_bytes().count(b"\n") >= 2):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
     workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    running.send_signal(how)
+    stop(running.pid, int(workers[0]))
     said = running.communicate(timeout=60)[1]
-    done = place.read_bytes().count(b"\n")
-    assert 2 <= done < 12 and not (tmp_path / "cut").exists()
-    assert running.returncode == (-how if how == signal.SIGKILL else 130)
-    assert (how == signal.SIGTERM) == ("what was drawn is kept in" in said)
+    assert running.returncode == code and message in said and "Traceback" not in said, said
     wait_for_end(workers)
-    again = command(ranks.env, *words)
-    told = again.communicate(timeout=120)
-    assert again.returncode == 0, told
-    assert f"{done} prompts are answered already" in told[0]
+    done = place.read_bytes().count(b"\n")
+    assert 2 <= done < 24 and not (tmp_path / "cut").exists()
+    capsys.readouterr()
+    assert sample([*words, "--workers", "1"]) == 0
+    assert f"{done} prompts are answered already" in capsys.readouterr().out
     assert lines(tmp_path / "cut/completions.jsonl") == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
 def wait_for_end(workers: Sequence[str]) -> None:
@@ -211,21 +222,6 @@ def _runs(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_is_said(model: Path, asked: Path, tmp_path: Path, ranks: Ranks) -> None:
-    running = command(ranks.env, str(model), str(asked), *STEADY, "--workers", "2", "--output", str(tmp_path / "cut"))
-    place = tmp_path / "cut.drawn/completions.jsonl"
-    while not (place.exists() and place.stat().st_size):
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
-    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    os.kill(int(workers[0]), signal.SIGKILL)
-    said = running.communicate(timeout=60)[1]
-    assert running.returncode == 2 and "a worker was killed, for lack of memory as a rule; what had been drawn" in said
-    assert "Traceback" not in said and place.exists()
-    wait_for_end(workers)
 
 
 def test_a_mistake_costs_one_line_and_nothing_is_drawn(model: Path, asked: Path, tmp_path: Path) -> None:

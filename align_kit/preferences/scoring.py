@@ -15,9 +15,24 @@ from align_kit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from align_kit.models.source import Source
+
 CHUNK_ROWS = 256  # rendered together, and sorted by length among themselves
 BATCH_TOKENS = 16_384  # of a batch, padding included
 OPTION = "--reward-model"
+
+
+def scoring_source(name: str) -> Source:
+    """Return where the weights of a reward model are; raises `UserError` for what is none."""
+    from align_kit.models import source
+
+    found = source.resolve(name, option=OPTION)
+    if found.head != "score":
+        raise UserError(
+            f"{OPTION} {name} is no sequence classifier; give one with one label, such as the folder of a finished "
+            "reward run"
+        )
+    return found
 
 
 class Scorer:
@@ -31,12 +46,7 @@ class Scorer:
         from align_kit.data.render import Renderer
         from align_kit.models import load, source
 
-        found = source.resolve(name, option=OPTION)
-        if found.head != "score":
-            raise UserError(
-                f"{OPTION} {name} is no sequence classifier; give one with one label, such as the folder of a finished "
-                "reward run"
-            )
+        found = scoring_source(name)
         words = load.load_tokenizer(found)
         assert isinstance(words.pad_token_id, int)
         self.digest = source.digest(found)

@@ -151,9 +151,10 @@ def template_of(text: str) -> ReasonTemplate:
 
 
 def fits(asked: Asked, at_least: float | None) -> str | None:
-    """Return what is missing for `asked`, None where nothing is: rejection sampling needs to know what is good."""
-    if at_least is None and (asked.keep == REJECTION or (asked.write == "binary" and asked.keep != MAJORITY)):
-        return f"--keep {asked.keep} needs --at-least: from which score a completion is good"
+    """Return what is missing for `asked`, None where nothing is: rejection sampling needs to know what is good.
+
+    `at_least` is what the judge knows of that.
+    """
+    if asked.keep == REJECTION and asked.at_least is None and at_least is None:
+        return f"--keep {REJECTION} needs --at-least: from which score a completion is good"
     return None
-
-

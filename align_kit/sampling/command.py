@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shlex
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_kit import log
 from align_kit.data import made
@@ -21,6 +22,9 @@ from align_kit.errors import UserError
 from align_kit.sampling import choosing, journal, options, prompts, told
 from align_kit.sampling.options import MAJORITY, Asked
 from align_kit.sampling.prompts import Prompts, key_of
+
+if TYPE_CHECKING:
+    from align_kit.sampling.judging import Judge
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,7 @@ def _answered(asked: Asked, scratch: Path) -> Answered:
     found = prompts.read(asked.prompts, asked.limit)
     for warning in found.warnings:
         log.warn(warning)
-    if asked.judged:
-        _judge(asked, found.checker).check(found.rows)
+    _judge(asked, found.checker, found.rows)
     teacher = source.resolve(asked.model, option="the model")
     if teacher.head != "lm":
         raise UserError(f"{asked.model} gives scores, not words; give a language model")
@@ -123,24 +126,28 @@ def _drawn_before(asked: Asked) -> Answered:
     return Answered(rows[: asked.limit], drawn[: asked.limit], drawn_as)
 
 
-def _judge(asked: Asked, checker: str | None) -> Any:
+def _judge(asked: Asked, checker: str | None, rows: Sequence[Row]) -> Judge | None:
+    """Return what scores the completions, if they are scored; raises `UserError` where it cannot."""
     from align_kit.sampling import judging
 
-    return judging.judge_of(asked, checker)
+    if not asked.judged:
+        return None
+    judge = judging.judge_of(asked, checker)
+    judge.check(rows)
+    if missing := choosing.fits(asked, judge.at_least):
+        raise UserError(missing)
+    return judge
 
 
 def _kept(asked: Asked, answered: Answered, words: Sequence[str]) -> Path:
     """Judge the completions, write what is kept, and return its card; raises `UserError` where nothing is."""
     scores: Sequence[Sequence[float | None]] = [[None] * len(some) for some in answered.drawn]
     at_least, judged_by = asked.at_least, {}
-    if asked.judged:
-        judge = _judge(asked, answered.drawn_as["checker"])
-        judge.check(answered.rows)
+    judge = _judge(asked, answered.drawn_as["checker"], answered.rows)
+    if judge is not None:
         scores = judge(answered.rows, answered.drawn)
         at_least = judge.at_least if at_least is None else at_least
         judged_by = {"judge": judge.name, **({"judge_digest": judge.digest} if judge.digest else {})}
-    if missing := choosing.fits(asked, at_least):
-        raise UserError(missing)
     chooser = choosing.Chooser(asked, at_least, _answer_of(asked))
     for row, some, given in zip(answered.rows, answered.drawn, scores, strict=True):
         chooser.add(row, some, given)
@@ -191,5 +198,12 @@ def _ending_well(scratch: Path) -> Iterator[None]:
         kept = f"; what was drawn is kept in {scratch}, and the same command goes on from there"
         print(f"\nstopped{kept if scratch.is_dir() else ''}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk of {scratch.parent} is full; what was drawn is kept in {scratch}: make room, and give the same "
+            "command again"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -144,9 +144,10 @@ def _give(channel: Connection, left: Iterator[list[int]], given: dict[Connection
 @contextmanager
 def _workers(work: Work, places: Sequence[Place]) -> Iterator[list[Connection]]:
     """Start a process for each place, and end them all."""
-    # Forks have torch imported, which takes longer than a small model; no accelerator is in use before.
-    context = multiprocessing.get_context("fork")
-    processes, channels = [], []
+    # Forks have torch imported, which takes longer than a small model; but an accelerator is lost on them.
+    context: Any = multiprocessing.get_context("fork" if places[0].device is None else "spawn")
+    processes: list[Any] = []
+    channels: list[Connection] = []
     try:
         for place in places:
             ours, theirs = context.Pipe()

@@ -111,11 +111,11 @@ class ModelJudge(Judge):
     """A reward model: the folder of a finished `reward` run, or any classifier with one label."""
 
     def __init__(self, name: str) -> None:
-        from align_kit.preferences.scoring import Scorer
+        from align_kit.preferences.scoring import scoring_source
 
+        scoring_source(name)  # its weights wait until the teacher's are gone
         self.name = name.rstrip("/").rsplit("/", 1)[-1]
-        self._scorer = Scorer(name)
-        self.digest = self._scorer.digest
+        self._folder = name
 
     def __call__(self, rows: Sequence[Row], drawn: Drawn) -> Scores:
         told = [
@@ -123,7 +123,11 @@ class ModelJudge(Judge):
             for row, some in zip(rows, drawn, strict=True)
             for one in some
         ]
-        scores = self._scorer.scores(watched(told, len(told), "scoring"), ["completion"])
+        from align_kit.preferences.scoring import Scorer
+
+        scorer = Scorer(self._folder)
+        self.digest = scorer.digest
+        scores = scorer.scores(watched(told, len(told), "scoring"), ["completion"])
         return [[next(scores)[0] for _ in some] for some in drawn]
 
 
