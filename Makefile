@@ -9,7 +9,8 @@ RANKS ?= 2
 MINUTES ?= 30
 # Processes that share the test suite, each with warm ranks of its own; a file's tests stay together.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Byte code is kept whatever the environment says: hundreds of processes begin in the suite.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 ARMS ?=
 # One target per recipe: a test holds recipes/ and the registry to the same names.

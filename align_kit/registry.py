@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from align_kit import imports
 from align_kit.errors import unknown
 
 
@@ -36,7 +37,8 @@ class Recipe:
     def trainer_class(self) -> Any:
         """Import and return the trainer class."""
         module, _, name = self.trainer.partition(":")
-        return getattr(importlib.import_module(module), name)
+        with imports.uncollected():
+            return getattr(importlib.import_module(module), name)
 
 
 # fmt: off

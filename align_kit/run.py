@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align_kit import failures, log, machine, registry, supervised
+from align_kit import failures, imports, log, machine, registry, supervised
 from align_kit.config import Config, dry_run_text, load
 from align_kit.registry import Recipe
 from align_kit.resources import folder
@@ -37,7 +37,8 @@ def run(name: str, config: str | Path | None = None, argv: Sequence[str] | None 
 
 def execute(recipe: Recipe, config: Config) -> int:
     """Carry out a resolved configuration and return the exit code; raises `UserError` for what the user can mend."""
-    from align_kit import narrate, stages
+    with imports.uncollected():
+        from align_kit import narrate, stages
 
     engine = stages.start(config)
     plan = stages.batch(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,14 @@ from tests.harness import ROOT, Ranks
 settings.register_profile("fixed", database=None, deadline=None, derandomize=True)
 settings.register_profile("random", database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS", "fixed"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Leave what a file's tests imported out of every later collection, which would walk all of it each time."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

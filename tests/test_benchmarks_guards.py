@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import guards_cost
-from tests.harness import ROOT
+from tests.bench import run_benchmark
+from tests.harness import Ranks
 
 
 @pytest.mark.slow
-def test_a_tiny_run() -> None:
-    words = ["--sizes", "tiny", "--tokens", "32", "--rows", "1", "--rounds", "1"]
-    command = [sys.executable, "-m", "benchmarks.guards_cost", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 7, done.stdout + done.stderr
+def test_a_tiny_run(ranks: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--sizes", "tiny", "--tokens", "32", "--rows", "1", "--rounds", "1")
+    code = run_benchmark("benchmarks.guards_cost", words, ranks, tmp_path)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 7, lines
     assert re.fullmatch(r"tiny: \d\.\d MB at rest on each rank, a step without guards \d+ ms", lines[0])
     assert re.match(r"  full +\d+\.\d\d% of a step in its own code; steps longer than with numbers +by [+-]", lines[4])
     assert re.fullmatch(r"guards that are on by default each add less than 1%: (yes|no)", lines[-1])
+    assert code == lines[-1].endswith("no")
 
 
 def found(inside: dict[str, float]) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import ppo_iteration
-from tests.harness import ROOT
+from tests.bench import run_benchmark
+from tests.harness import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -19,18 +19,21 @@ LITTLE = ("--models", "tiny", "--rows", "8", "--generations", "4", "--tokens", "
 ROW = r" +\d+\.\d{3} +\d+\.\d{3} +\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)"
 
 
-def run(*words: str) -> list[str]:
-    """Run the benchmark in a process of its own and return its lines."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.ppo_iteration", *LITTLE, *words]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert re.fullmatch(r"geometric mean \d+\.\d\d", lines[-1])
-    return lines
+@pytest.fixture
+def run(ranks: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Run the benchmark and return its lines."""
+
+    def lines_of(*words: str) -> list[str]:
+        code = run_benchmark("benchmarks.ppo_iteration", (*LITTLE, *words), ranks, tmp_path)
+        lines = capfd.readouterr().out.splitlines()
+        assert code == 0, lines
+        assert re.fullmatch(r"geometric mean \d+\.\d\d", lines[-1])
+        return lines
+
+    return lines_of
 
 
-def test_an_iteration_of_two_ranks_in_parts() -> None:
+def test_an_iteration_of_two_ranks_in_parts(run: Callable[..., list[str]]) -> None:
     lines = run("--ranks", "2", "--ratios", "4:1", "--mini-batches", "2")
     for part in ("rollout", "score", "update", "iteration"):
         assert [line for line in lines if re.fullmatch(part + ROW, line)]
@@ -39,7 +42,7 @@ def test_an_iteration_of_two_ranks_in_parts() -> None:
     assert [line for line in lines if re.fullmatch(r"rollout / generate .* \d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)", line)]
 
 
-def test_an_update_beside_that_of_trl() -> None:
+def test_an_update_beside_that_of_trl(run: Callable[..., list[str]]) -> None:
     """Losses agree with TRL's and every forward of ours is walked, or it would not end well."""
     lines = run("--ranks", "1", "--ratios", "1:1", "--update-only")
     assert [line for line in lines if re.fullmatch("update" + ROW, line)]

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import zero3_cost
 from benchmarks.zero3_cost import Contender
-from tests.harness import ROOT
+from tests.harness import Ranks
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_tiny_run() -> None:
+def test_a_tiny_run(ranks: Ranks, tmp_path: Path) -> None:
+    """In a fork of the warm process, which has imported what the benchmark would, and from which it forks in turn."""
     words = ["--sizes", "tiny", "--ways", "shipped", "all_three", "leaves", "--clip", "1", "--rounds", "1"]
-    command = [sys.executable, "-m", "benchmarks.zero3_cost", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"ddp / one +\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)", done.stdout)
-    last = done.stdout.splitlines()[-1]
+    function = "benchmarks.zero3_cost:main"
+    done = ranks.run(function=function, world_size=1, ranked=False, cwd=tmp_path, argv=words).ok()
+    assert re.search(r"ddp / one +\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)", done.text)
+    last = done.text.splitlines()[-1]
     assert re.fullmatch(r"geometric mean / ddp: shipped \d+\.\d\d, all_three \d+\.\d\d, leaves \d+\.\d\d", last)
 
 

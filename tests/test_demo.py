@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,21 +27,31 @@ def test_gain_refuses_other_problems() -> None:
         gain([0.0, 1.0], [1.0])
 
 
+def written(folder: Path, rows: list[dict]) -> Path:
+    """Return the card beside rows, as far as a control reads it."""
+    folder.mkdir()
+    samples.write(folder / "train.jsonl", rows)
+    return folder / f"{folder.name}.md"
+
+
+def lines(place: Path) -> list[dict]:
+    return [json.loads(line) for line in place.read_text().splitlines()]
+
+
 def test_control_swaps_about_half_and_loses_none(tmp_path: Path) -> None:
-    rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(400)]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    swapped = [json.loads(line) for line in samples.shuffled_pairs(pairs, seed=0).read_text().splitlines()]
+    rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}", "score_chosen": 4.0} for i in range(400)]
+    pairs = written(tmp_path / "pairs", rows)
+    swapped = lines(samples.shuffled_pairs(pairs, seed=0))
     assert [row["prompt"] for row in swapped] == [row["prompt"] for row in rows]
+    assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in swapped)  # a score would tell
     assert all({row["chosen"], row["rejected"]} == {f"c{i}", f"r{i}"} for i, row in enumerate(swapped))
     assert 160 < sum(row["chosen"][0] == "r" for row in swapped) < 240
-    assert samples.shuffled_pairs(pairs, seed=0).read_text() != samples.shuffled_pairs(pairs, seed=1).read_text()
+    assert swapped == lines(samples.shuffled_pairs(pairs, seed=0)) != lines(samples.shuffled_pairs(pairs, seed=1))
 
 
 def test_shuffled_labels_keep_their_counts(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "completion": f"c{i}", "label": i % 3 == 0} for i in range(300)]
-    place = samples.write(tmp_path / "labels.jsonl", rows)
-    dealt = samples.read(samples.shuffled_labels(place, seed=0))
+    dealt = lines(samples.shuffled_labels(written(tmp_path / "labels", rows), seed=0))
     assert [row["completion"] for row in dealt] == [row["completion"] for row in rows]
     assert sum(row["label"] for row in dealt) == 100
     agree = sum(row["label"] == before["label"] for row, before in zip(dealt, rows, strict=True))
@@ -74,18 +82,17 @@ def test_bad_options(words: str, message: str) -> None:
 @pytest.mark.slow
 def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
     """A share of the steps: enough that fine-tuning teaches the format and DPO makes the model show its work."""
-    env = {**ranks.env, "ALIGN_KIT_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "align_kit", "demo", "--scale", "0.2", "--split", "validation", "--arms", "dpo"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "demo")], env=env, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    words = ["--scale", "0.2", "--split", "validation", "--arms", "dpo", "--output_dir", str(tmp_path / "demo")]
+    done = ranks.run(
+        function="tests.demo_work:few_problems", argv=words, drawn=256, scored=128, world_size=1, ranked=False,
+        cwd=tmp_path, env={"ALIGN_KIT_CACHE": str(tmp_path / "cache")}, timeout=900,
+    ).ok()  # fmt: skip
     scores = json.loads((tmp_path / "demo/seed0/scores.json").read_text())
     base, sft, dpo = (scores[arm] for arm in ("pretrain", "sft", "dpo"))
     assert sft["perplexity"] < 0.5 * base["perplexity"]
     assert sum(base["greedy"]) == 0 and sft["form"] > 0.9
     assert dpo["work"] > sft["work"] + 0.1
-    assert "| DPO " in done.stdout and (tmp_path / "demo/report.md").is_file()
+    assert "| DPO " in done.text and (tmp_path / "demo/report.md").is_file()
     manifest = json.loads((tmp_path / "demo/seed0/dpo/manifest.json").read_text())
     assert manifest["frozen"]["reference"]["digest"] == manifest["policy"]["digest"]
     assert manifest["world_size"] == 2 and manifest["status"] == "finished"

@@ -244,7 +244,7 @@ def test_a_reference_with_other_weights_under_the_same_identity(ranks: Ranks, tr
 @pytest.mark.slow
 def test_out_of_memory_names_the_next_smaller_micro_batch(ranks: Ranks, tmp_path: Path) -> None:
     """The logits of a whole batch are too many; packed rows hold a chunk of them, and the same batch fits."""
-    large = ("--per_device_train_batch_size", "64", "--config_overrides", '{"vocab_size": 50000}')
+    large = ("--max_steps", "1", "--per_device_train_batch_size", "64", "--config_overrides", '{"vocab_size": 50000}')
 
     def run(forward: str) -> Result:
         words = [str(word) for word in little_run("pretrain", tmp_path, *large, "--forward", forward, rows=64)]

@@ -217,15 +217,16 @@ def test_runs_that_differ_in_the_loss_share_what_was_computed(lab: Lab, tmp_path
     shared = {"ALIGN_KIT_CACHE": str(tmp_path / "cache")}
     rows = write_rows(tmp_path / "pairs.jsonl", make_rows("preference", 12, seed=9))
 
-    def run(name: str, world_size: int = 2, **changes: Any) -> int:
+    def run(name: str, world_size: int = 1, **changes: Any) -> int:
         asked = {"datasets": [{"path": rows}], "reference_placement": "cached", "max_steps": 1, **changes}
         done = lab.start("dpo", tmp_path / name, world_size, env=shared, **asked)
         done.result.ok()
         return computed(done)
 
-    assert run("first") == 24
-    assert run("other-loss", beta=0.7, learning_rate=1e-4, loss_type=["ipo"], per_device_train_batch_size=2) == 0
-    assert run("one-rank", world_size=1) == 0
+    assert run("first", world_size=2) == 24
+    loss = {"beta": 0.7, "learning_rate": 1e-4, "loss_type": ["ipo"], "per_device_train_batch_size": 2}
+    assert run("other-loss", world_size=2, **loss) == 0
+    assert run("one-rank") == 0
     assert run("trl-name", reference_placement=None, precompute_ref_log_probs=True) == 0
     assert run("other-weights", model_name_or_path=write_model(tmp_path / "model", seed=4)) == 24
     assert run("other-dtype", bf16=True) == 24

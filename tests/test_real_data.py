@@ -14,7 +14,7 @@ from tests.small import Lab, Run, lab_of, make_rows, write_rows
 
 pytestmark = pytest.mark.slow
 
-STEPS = 15
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_sft_on_gsm8k(lab: Lab, real_data: Path) -> None:
 
 @pytest.mark.parametrize("card", ["gsm8k_solution_pairs", "llamafactory_dpo_en"])
 def test_dpo_on_real_pairs(lab: Lab, real_data: Path, card: str) -> None:
-    """Over the same 8 pairs, seen 15 times, the chosen side pulls away from the rejected one."""
+    """Over the same 8 pairs, seen 8 times, the chosen side pulls away from the rejected one."""
     data = {"path": f"card:{card}", "max_samples": 8}
     run = train(lab, "dpo", data, real_data, max_length=256, learning_rate=3e-4, lr_scheduler_type="constant")
     margins = run.logged("rewards/margins")
@@ -81,8 +81,8 @@ def test_kto_on_real_labels(lab: Lab, real_data: Path) -> None:
 def test_reward_on_real_refusals(lab: Lab, real_data: Path) -> None:
     """Complying over refusing and refusing over complying: pairs that were held out are told apart, from nothing."""
     run = train(
-        lab, "reward", {"path": "card:xstest_pairs"}, real_data, max_length=256, learning_rate=1e-3, max_steps=20,
-        test_split_size=60, eval_strategy="steps", eval_steps=20, per_device_eval_batch_size=15,
+        lab, "reward", {"path": "card:xstest_pairs"}, real_data, max_length=256, learning_rate=1e-3, max_steps=16,
+        test_split_size=60, eval_strategy="steps", eval_steps=16, per_device_eval_batch_size=15,
         data_limits={"dropped": 1},
     )  # fmt: skip
     assert run.manifest["data"]["train"]["tokenised"]["dropped"].keys() == {"longer than max_length"}
@@ -92,7 +92,7 @@ def test_reward_on_real_refusals(lab: Lab, real_data: Path) -> None:
 def test_reward_on_real_solutions(lab: Lab, real_data: Path) -> None:
     """Over the same right and wrong solutions, seen again and again, the right ones come to score higher."""
     data = {"path": "card:gsm8k_solution_pairs", "max_samples": 16}
-    run = train(lab, "reward", data, real_data, max_length=320, learning_rate=1e-3, max_steps=20)
+    run = train(lab, "reward", data, real_data, max_length=320, learning_rate=1e-3, max_steps=12)
     assert run.losses[0] == pytest.approx(math.log(2), abs=1e-6) and falls(run.losses, by=0.2)
     assert mean(run.logged("accuracy")[-3:]) > 0.8
 
@@ -101,7 +101,7 @@ def test_ppo_on_real_problems(lab: Lab, real_data: Path) -> None:
     """Problems of gsm8k, judged by its card's checker and by a function that a model from nothing can please."""
     run = train(
         lab, "ppo", {"path": "card:gsm8k", "split": "train", "max_samples": 64}, real_data, max_length=256,
-        response_length=16, num_ppo_epochs=1, learning_rate=1e-2, per_device_train_batch_size=16,
+        response_length=16, num_ppo_epochs=1, learning_rate=1e-2, per_device_train_batch_size=16, max_steps=11,
         reward_funcs=["checker", "tests.rank_work:odd_tokens"], reward_weights=[1.0, 2.0],
     )  # fmt: skip
     odd = run.logged("reward/odd_tokens")

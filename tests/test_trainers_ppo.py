@@ -46,14 +46,14 @@ def shown(run: Run) -> list[dict[str, Any]]:
 
 # --- that it learns ---------------------------------------------------------------------------------------
 
-MARGIN = 0.2  # measured: 0.29 with the reward, 0.02 with the same rewards dealt out at random
+MARGIN = 0.2  # measured: 0.29 with the reward, 0.002 with the same rewards dealt out at random
 
 
 @pytest.mark.parametrize(("reward", "learns"), [("odd_tokens", True), ("shuffled_odd_tokens", False)])
 def test_the_mean_reward_rises_by_merit_alone(lab: Lab, reward: str, learns: bool) -> None:
-    """From chance, 0.5: on two ranks, every parameter sharded, 40 steps on 32 completions each."""
+    """From chance, 0.5: on two ranks, every parameter sharded, 24 steps on 32 completions each."""
     run = ppo(
-        lab, max_steps=40, per_device_train_batch_size=16, num_generations=4, num_ppo_epochs=2, learning_rate=1e-2,
+        lab, max_steps=24, per_device_train_batch_size=16, num_generations=4, num_ppo_epochs=2, learning_rate=2e-2,
         reward_funcs=[f"tests.rank_work:{reward}"],
     )  # fmt: skip
     rewards = run.logged("reward")

@@ -7,7 +7,6 @@ folder and output files; it runs either the command line of align_kit or a funct
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -20,10 +19,17 @@ from typing import Any
 
 def warm() -> None:
     """Do once what every run would: nothing may start a thread or touch the thread pools of torch before the fork."""
-    from align_kit import log
+    from align_kit import imports, log
 
     log.quiet()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with imports.uncollected():  # what is here stays: a fork's collections need not walk it
+        import_all()
+        look_up()
+
+
+def import_all() -> None:
+    """Import what any run imports."""
     for name in (
         "align_kit.cli",
         "align_kit.run",
@@ -37,6 +43,9 @@ def warm() -> None:
         "align_kit.trainers.reward",
         "align_kit.trainers.save",
         "align_kit.trainers.unpaired",
+        "align_kit.trainers.arguments",
+        "align_kit.report.run_page",
+        "align_kit.data.embedded",
         "align_kit.telemetry.progress",
         "align_kit.telemetry.trackers",
         "deepspeed.runtime.zero.stage3",
@@ -45,22 +54,22 @@ def warm() -> None:
         "trl.trainer.dpo_config",
         "peft.tuners.lora",
         "accelerate.utils.deepspeed",
+        "deepspeed.comm.mori",
         "deepspeed.module_inject.auto_ep_layer",
         "deepspeed.runtime.superoffload.superoffload_stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # the engine's optimizer check imports it, 2 s each time
         "tests.rank_work",
+        "numpy.ctypeslib",
         "torch._subclasses.schema_check_mode",
+        "torch.profiler._cupti_monitor",
         "trl.trainer.kto_config",
         "trl.trainer.reward_config",
     ):
         importlib.import_module(name)
-    look_up()
-    gc.collect()
-    gc.freeze()  # what is here stays: a fork's collections need not walk it
 
 
 def look_up() -> None:
-    """Fill the caches that a run fills as it starts: names of stored weights, this machine's rates, operators."""
+    """Fill the caches that a run fills: names of stored weights, this machine's rates, operators, fonts."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -68,7 +77,9 @@ def look_up() -> None:
     from align_kit.models.hollow import hollow
     from align_kit.plan import hardware
     from align_kit.plan.shape import shape_of
+    from align_kit.report import plots
 
+    plots.svg(plots.lines({"a": [(0, 0), (1, 1)]}, x="step", y="loss"), "a")
     get_checkpoint_conversion_mapping("llama")
     if not os.path.exists("/dev/nvidia0"):  # to look at a GPU before the fork would take it from the ranks
         machine = hardware.here()

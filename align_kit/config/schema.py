@@ -10,6 +10,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+from align_kit import imports
 from align_kit.config.fields import GROUPS
 
 
@@ -30,7 +31,8 @@ class Key:
 def resolve(dotted: str) -> type:
     """Import the class that `module:Name` names; a broken registry row is a bug, so errors are not dressed up."""
     module, _, name = dotted.partition(":")
-    return getattr(importlib.import_module(module), name)
+    with imports.uncollected():
+        return getattr(importlib.import_module(module), name)
 
 
 def default_of(field: dataclasses.Field) -> Any:

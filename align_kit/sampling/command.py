@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit import log
+from align_kit import imports, log
 from align_kit.data import made
 from align_kit.data.shapes import Row
 from align_kit.errors import UserError
@@ -58,9 +58,11 @@ def sample(words: Sequence[str]) -> int:
 
 def _answered(asked: Asked, scratch: Path) -> Answered:
     """Draw the completions of all prompts; what can be said against the judge is said before."""
-    from align_kit.models import source
     from align_kit.models.completion import Drawing
-    from align_kit.sampling import drawing
+
+    with imports.uncollected():
+        from align_kit.models import source
+        from align_kit.sampling import drawing
 
     found = prompts.read(asked.prompts, asked.limit)
     for warning in found.warnings:

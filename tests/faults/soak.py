@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align_kit import log, run_folder
+from align_kit import run_folder
 from align_kit.checkpoint import manifest
+from benchmarks._ranks import ranks_in_a_folder
 from tests.faults.world import LORA, Victim, differences, flip, undisturbed
-from tests.harness import Ranks
 from tests.small import Lab, lab_of, words
 
 EVERY = 3  # steps from checkpoint to checkpoint
@@ -216,20 +216,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60, help="of a run")
     asked = parser.parse_args()
-    log.quiet()
     end = time.monotonic() + 60 * asked.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(Path(folder))
-        soak = Soak(lab_of(ranks), Path(folder), random.Random(asked.seed), asked.steps)
-        try:
-            while not soak.counts["runs"] or time.monotonic() < end:
-                soak.one_run(soak.counts["runs"])
-                left = max(0.0, end - time.monotonic()) / 60
-                print(
-                    f"{soak.counts['runs']} runs, {soak.counts['restarts']} restarts, {left:.0f} min left", flush=True
-                )
-        finally:
-            ranks.close()
+    with ranks_in_a_folder() as (ranks, folder):
+        soak = Soak(lab_of(ranks), folder, random.Random(asked.seed), asked.steps)
+        while not soak.counts["runs"] or time.monotonic() < end:
+            soak.one_run(soak.counts["runs"])
+            left = max(0.0, end - time.monotonic()) / 60
+            print(f"{soak.counts['runs']} runs, {soak.counts['restarts']} restarts, {left:.0f} min left", flush=True)
     counts = soak.counts
     for name in sorted(counts):
         print(f"{name:42} {counts[name]}")
