@@ -17,6 +17,7 @@ from align_kit import cards
 from align_kit.clean.command import clean, stats
 from align_kit.data.load import load
 from align_kit.errors import UserError
+from tests.namespaces import apart
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -311,17 +312,36 @@ def test_sources_of_two_kinds_and_sources_named_twice_are_refused(tmp_path: Path
             clean([*words, "--output", str(tmp_path / "out")])
 
 
-def test_language_needs_its_extra(tmp_path: Path) -> None:
-    source = texts(tmp_path / "a.jsonl", prose(0), "Das ist ein Satz, und der ist in der deutschen Sprache. " * 5)
-    words = [source, "--language", "de", "--filters", "none", "--output", str(tmp_path / "out")]
-    try:
-        import py3langid  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'align-kit\[language\]'"):
-            clean(words)
-    else:
-        assert clean(words) == 0
-        assert "Das ist" in str(read(tmp_path / "out" / "train.jsonl"))
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    source = texts(tmp_path / "a.jsonl", *(prose(number, 300) for number in range(300)))
+    place = tmp_path / "small"
+    place.mkdir()
+    command = f"{sys.executable} -m align_kit data clean {source} --output {place}/out --filters none --workers 1"
+    said = apart(
+        f"mount -t tmpfs -o size=256k tmpfs {place}; code=0; {command} 2>&1 || code=$?; echo code $code; ls -A {place}"
+    ).splitlines()
+    assert said[-1] == "code 2", said  # and nothing is listed after it
+    assert f"the disk of {place} is full; nothing was written" in said[-2]
+
+
+def test_only_one_language_is_kept(tmp_path: Path) -> None:
+    german = "Der Hafen war still, und die Fischer flickten ihre Netze, bevor die Flut wieder hereinkam."
+    french = "Le port était calme, et les pêcheurs réparaient leurs filets avant que la marée ne revienne."
+    source = texts(tmp_path / "a.jsonl", prose(0), german, french)
+    words = [source, "--language", "de", "--filters", "none", "--keep-dropped", "--output", str(tmp_path / "out")]
+    assert clean([*words, "--workers", "1"]) == 0
+    assert [row["text"] for row in read(tmp_path / "out" / "train.jsonl")] == [german]
+    assert [row["seen"] for row in read(tmp_path / "out" / "dropped.jsonl")][1] == "fr"
+
+
+def test_language_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from align_kit.clean import language
+
+    monkeypatch.setitem(sys.modules, "py3langid", None)  # as where it is not installed
+    monkeypatch.setattr(language, "_classifier", language._classifier.__wrapped__)
+    source = texts(tmp_path / "a.jsonl", prose(0))
+    with pytest.raises(UserError, match=r"pip install 'align-kit\[language\]'"):
+        clean([source, "--language", "de", "--output", str(tmp_path / "out"), "--workers", "1"])
 
 
 def test_one_cluster_of_all_rows_leaves_one(tmp_path: Path) -> None:
