@@ -90,6 +90,25 @@ def test_the_likeliest_token_is_what_transformers_takes(model: Path, asked: Path
         assert [one.text for (one,) in found] == [greedy(row["prompt"]) for row in rows]
 
 
+def test_what_a_model_brings_for_chatting_is_left_aside(model: Path, asked: Path) -> None:
+    from transformers import GenerationConfig
+
+    from align_kit.models.completion import Drawing
+    from align_kit.models.generate import draw, open_model
+
+    mine, words = open_model(model)
+    prompts = [words(row["prompt"]).input_ids for row in lines(asked)[:6]]
+    how = Drawing(samples=2, temperature=1.0, length=20)
+    plain = draw(mine, words, prompts, how, range(6))
+    brought = GenerationConfig(
+        eos_token_id=[0, 3], pad_token_id=1, repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=18,
+        temperature=0.01, top_k=1, do_sample=True,
+    )  # fmt: skip
+    mine.generation_config = brought
+    assert draw(mine, words, prompts, how, range(6)) == plain
+    assert mine.generation_config is brought
+
+
 def test_nothing_outside_the_nucleus_is_drawn(model: Path, asked: Path, tmp_path: Path) -> None:
     import torch
 
@@ -117,6 +136,10 @@ def is_even(prompt: str, completion: str, answer: str) -> bool:
     """A checker: whether the completion has an even number of characters."""
     assert prompt.split()[-1] == answer
     return len(completion) % 2 == 0
+
+
+def nothing(prompt: str, completion: str, answer: str) -> None:
+    """A checker that forgets to say what it found."""
 
 
 def test_a_checker_of_ones_own_and_a_card_that_says_how(model: Path, asked: Path, tmp_path: Path) -> None:
@@ -234,6 +257,8 @@ def test_a_mistake_costs_one_line_and_nothing_is_drawn(model: Path, asked: Path,
     table = [
         ([model, asked], "nothing says which completions are good: give --checker"),
         ([model, asked, "--checker", "nowhere:f"], "--checker: 'nowhere:f' cannot be imported"),
+        ([model, asked, "--checker", "tests.test_sampling:nothing"], "tests.test_sampling:nothing gave None; it must"),
+        ([model, asked, "--keep", "all", "--prompt-template", "x"], "prompt_template 'x' must be 'chat' or a text"),
         ([model, asked, "--checker", "tests.test_sampling:none"], "tests.test_sampling has no function 'none'"),
         ([model, bare, "--checker", "tests.test_sampling:is_even"], "prompt 1 has no answer to check against"),
         ([model, asked, "--reward-model", model], "is no sequence classifier"),
@@ -243,6 +268,8 @@ def test_a_mistake_costs_one_line_and_nothing_is_drawn(model: Path, asked: Path,
         ([model, asked, "--keep", "all", "--max-new-tokens", "256"], "no room for any prompt"),
         ([model, tmp_path / "gone.jsonl", "--keep", "all"], "gone.jsonl"),
         ([model, asked, "--keep", "all", "--reason", "x"], "reason_template 'x'"),
+        ([model, asked, "--keep", "all", "--name", "my set"], "cannot name a card 'my set'"),
+        ([model, asked, "--keep", "majority", "--answer-of", "tests.test_sampling:none"], "no function 'none'"),
         (["--from", full], "no drawn.json and completions.jsonl there"),
     ]
     for words, message in table:
@@ -266,6 +293,26 @@ def test_completions_that_nothing_is_kept_of_can_be_chosen_from_again(
     with pytest.raises(UserError, match="nothing is left to write; what was drawn is kept"):
         sample([*words, "--keep", "majority"])
     assert "no majority" in capsys.readouterr().out
-    sample([*words, "--keep", "all"])
+    sample([*words, "--keep", "all", "--max-prompts", "4"])
+    said = capsys.readouterr().out
+    assert "4 prompts are answered already" in said and "holds completions of 20 other prompts still" in said
+    sample([*words, "--keep", "all", "--overwrite"])
     assert "24 prompts are answered already" in capsys.readouterr().out
     assert not (tmp_path / "out.drawn").exists()
+
+
+def test_choosing_anew_keeps_the_counts_and_what_others_draw(model: Path, asked: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": " ".join(WORDS * 40)}) + "\n")
+    words = [str(model), str(asked), str(asked), str(long), "--samples", "2", "--max-new-tokens", LONG, "--keep", "all"]
+    sample([*words, "--output", str(tmp_path / "first")])
+    others = tmp_path / "second.drawn"  # of a command that was stopped and is to go on
+    others.mkdir()
+    (others / "completions.jsonl").write_text("[1, []]\n")
+    sample(["--from", str(tmp_path / "first"), "--keep", "all", "--output", str(tmp_path / "second")])
+    assert (others / "completions.jsonl").read_text() == "[1, []]\n"
+    first, second = (cards.load_card(tmp_path / name / f"{name}.md").block for name in ("first", "second"))
+    counts = {step.name: step.dropped for step in first.filters}
+    assert counts == {step.name: step.dropped for step in second.filters}
+    assert counts["repeated prompts"] == 24 and counts["prompts without room"] == 1
+    assert (first.made.model_extra["prompts"], first.made.model_extra["completions"]) == (24, 48)

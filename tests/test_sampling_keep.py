@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from align_kit.data.checkers import number_of
 from align_kit.errors import UserError
 from align_kit.models.completion import Completion
-from align_kit.sampling import journal, keep, options, prompts
+from align_kit.sampling import journal, judging, keep, options, prompts
 from align_kit.sampling.choosing import Chooser
 from align_kit.sampling.keep import Candidate
 
@@ -125,6 +126,11 @@ def test_the_majority_needs_no_score_and_is_held_to_the_answer() -> None:
     assert [(row["chosen"], row["rejected"]) for row in pair] == [(RIGHT, WRONG)]
     none = chosen("--keep majority --agreement 0.6", *unscored, at_least=None).found
     assert none.rows == [] and none.prompts == {"no majority": 1}
+    # those that are left out have no say, and count against it
+    cut = (said(RIGHT, ended=False), None)
+    alone = (said(RIGHT), None)
+    assert len(chosen("--keep majority", alone, cut, at_least=None).found.rows) == 1
+    assert chosen("--keep majority", alone, cut, cut, at_least=None).found.prompts == {"no majority": 1}
 
 
 def test_what_is_left_out_is_counted_by_reason() -> None:
@@ -191,7 +197,7 @@ def test_prompts_of_every_kind_of_row(tmp_path: Path) -> None:
     named = [written(tmp_path / f"{name}.jsonl", row) for name, row in files.items()]
     found = prompts.read([*named, named[0]], None)
     read = [(row["prompt"], row.get("answer")) for row in found.rows]
-    assert read == [("a", "1"), ("b", "2"), ([turn], None), ("c", None)]
+    assert read == [("a", "1"), ("b", "2"), ([turn], "yes"), ("c", None)]
     assert found.repeated == 1 and found.checker is None
     assert [origin["file"] for origin in found.origins] == [Path(name).name for name in [*named, named[0]]]
     assert len(prompts.read(named, 2).rows) == 2
@@ -199,6 +205,12 @@ def test_prompts_of_every_kind_of_row(tmp_path: Path) -> None:
         prompts.read([written(tmp_path / "text.jsonl", {"text": "x"})], None)
     with pytest.raises(UserError, match="row 1: the conversation holds nothing but an answer"):
         prompts.read([written(tmp_path / "bare.jsonl", {"messages": files["messages"]["messages"][1:]})], None)
+
+
+def test_an_answer_may_be_0_and_is_without_its_chain_of_thought(tmp_path: Path) -> None:
+    nought = written(tmp_path / "0.jsonl", {"prompt": "1-1?", "answer": 0})
+    trace = written(tmp_path / "t.jsonl", {"prompt": "1+1?", "reasoning": "one and one", "answer": "2"})
+    assert [row["answer"] for row in prompts.read([nought, trace], None).rows] == [0, "2"]
 
 
 def test_a_card_names_split_checker_and_licence() -> None:
@@ -233,3 +245,80 @@ def test_a_journal_goes_on_and_forgets_a_torn_line(tmp_path: Path) -> None:
         pass
     journal.remove(tmp_path / "j")
     assert not (tmp_path / "j").exists()
+
+
+def test_a_journal_nobody_can_read_is_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / journal.ASKED).write_text("{")
+    with pytest.raises(UserError, match="cannot be read .*, so nobody knows"), journal.opened(tmp_path, {"seed": 1}):
+        pass
+
+
+def kept(folder: Path, text: str) -> None:
+    """Leave in `folder` what a finished command leaves of one completion."""
+    how = {"model": "m", "seed": 0, "from": [], "licences": [], "checker": None}
+    (folder / journal.ASKED).write_text(json.dumps(how))
+    lines = journal.completed_lines([{"prompt": text}], [[said(text)]], [[None]])
+    (folder / journal.DRAWN).write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b\x0cc", "a\r\nb", "\ud83d"])
+def test_what_ends_a_line_elsewhere_stands_in_completions(tmp_path: Path, text: str) -> None:
+    kept(tmp_path, text)
+    assert journal.finished(tmp_path)[1:] == ([{"prompt": text}], [[said(text)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        (journal.DRAWN, '"x"', "7", "a completion's text is 7"),
+        (journal.DRAWN, '"prompt"', '"promt"', "a line has no prompt"),
+        (journal.DRAWN, '"tokens"', '"token"', "KeyError: 'tokens'"),
+        (journal.ASKED, '"seed"', '"sead"', "drawn.json does not say seed"),
+        (journal.ASKED, "{", "[", "JSONDecodeError"),
+    ],
+)
+def test_an_edited_file_is_one_line(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    kept(tmp_path, "x")
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(new.join(text.rsplit(old, 1)))
+    with pytest.raises(UserError, match=f"cannot be read .*{message}"):
+        journal.finished(tmp_path)
+
+
+# --- judges ---------------------------------------------------------------------------------------------------------
+
+GIVEN: dict[str, Any] = {}  # what the functions below give
+
+
+def check(prompt: str, completion: str, answer: str) -> Any:
+    return GIVEN["verdict"]
+
+
+def count_tokens(completions: list[str], *, completion_ids: Any = None, **others: Any) -> list[float]:
+    assert completion_ids is None  # nobody has them: a text that was drawn before has no tokens
+    return [float(len(text)) for text in completions]
+
+
+def answer_of(text: str) -> Any:
+    return GIVEN["answer"]
+
+
+@pytest.mark.parametrize("verdict", [None, "good", [1], math.inf, math.nan])
+def test_a_checker_gives_numbers(verdict: Any) -> None:
+    GIVEN["verdict"] = verdict
+    with pytest.raises(UserError, match=f"the checker {__name__}:check gave .*(must give a number|must be finite)"):
+        judging.CheckerJudge(f"{__name__}:check")([ROW], [[said(RIGHT)]])
+
+
+def test_a_reward_function_is_given_what_there_is() -> None:
+    found = judging.FunctionJudge([f"{__name__}:count_tokens"])([ROW], [[said("abc"), said("")]])
+    assert found == [[3.0, 0.0]]
+
+
+@pytest.mark.parametrize("answer", [7, ["14"]])
+def test_the_answer_to_vote_on_is_a_text(answer: Any) -> None:
+    GIVEN["answer"] = answer
+    with pytest.raises(UserError, match=f"{__name__}:answer_of gave .*must give a text, or None"):
+        judging.answer_of(f"{__name__}:answer_of")(RIGHT)
+    GIVEN["answer"] = None
+    assert judging.answer_of(f"{__name__}:answer_of")(RIGHT) is None

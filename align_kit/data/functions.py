@@ -44,8 +44,8 @@ def rewards(
     *,
     prompts: Sequence[Any],
     completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
     answers: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[float]:
     """Return what a reward function gives for each completion, called as TRL calls one.
 
@@ -57,8 +57,8 @@ def rewards(
         "completions": completions
         if not prompts or isinstance(prompts[0], str)
         else [[{"role": "assistant", "content": text}] for text in completions],
-        "completion_ids": completion_ids,
         "answer": answers,
+        **({} if completion_ids is None else {"completion_ids": completion_ids}),
     }
     _check_call(name, reward, shown)
     scores = _numbers(name, reward(**shown), len(completions))

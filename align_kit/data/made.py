@@ -131,6 +131,12 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
         raise UserError(f"{folder} is not a data set that align-kit wrote ({seen}), and is not replaced; name another")
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a name that no card can have; a command asks before it starts to work."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or name == "README":
+        raise UserError(f"cannot name a card {name!r}; use letters, digits, _, - and .")
+
+
 def _is_made(card: Path) -> bool:
     try:
         return cards.read_card(card).block.made is not None
@@ -243,8 +249,7 @@ def _block(made: MadeSet, written: Mapping[str, _Written]) -> Block:
     for name in written:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"cannot name a split {name!r}; use letters, digits, _ and -")
-    if not re.fullmatch(r"\w[\w.-]*", made.name) or made.name == "README":
-        raise UserError(f"cannot name a card {made.name!r}; use letters, digits, _, - and .")
+    check_name(made.name)
     if unknown := set(made.sections) - set(cards.HEADINGS):
         raise UserError(f"a card has no section {sorted(unknown)[0]!r}; it has {', '.join(cards.HEADINGS)}")
     try:

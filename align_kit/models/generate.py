@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def draw(
     asked = GenerationConfig(
         do_sample=False, max_new_tokens=how.length, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
     )
-    with load.plain_transformers():
+    with load.plain_transformers(), own_settings_aside(model):
         written_BT = model.generate(
             input_ids=ids_BT, attention_mask=attention_BT, generation_config=asked,
             logits_processor=_processors(how, keys, width, model.device), **moe.generating(model),
@@ -94,6 +95,16 @@ def draw(
         for prompt, ids in zip(rows, written_BT.tolist(), strict=True)
     ]
     return [found[at : at + how.samples] for at in range(0, len(found), how.samples)]
+
+
+@contextmanager
+def own_settings_aside(model: Any) -> Iterator[None]:
+    """Take from a model what it brings for generation: `generate` fills what it is not told from there."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _processors(how: Drawing, keys: Sequence[int], width: int, device: torch.device) -> LogitsProcessorList:

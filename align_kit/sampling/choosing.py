@@ -30,6 +30,8 @@ class Chosen:
     completions: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     passed: Counter[int] = field(default_factory=Counter)  # good completions of a prompt -> prompts
+    answered: int = 0  # prompts that were looked at, and their completions
+    drawn: int = 0
     judged: int = 0  # completions that could be kept, and those of them that are good
     good: int = 0
     votes: int = 0  # prompts with a majority and an answer to hold it to, and those where the two are one
@@ -49,6 +51,7 @@ class Chooser:
 
     def add(self, row: Row, drawn: Sequence[Completion], scores: Sequence[float | None]) -> None:
         """Keep what is worth it of one prompt's completions."""
+        self.found.answered, self.found.drawn = self.found.answered + 1, self.found.drawn + len(drawn)
         candidates = self._candidates(drawn, scores)
         if not candidates:
             self.found.prompts[NONE_LEFT] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import shlex
@@ -34,7 +35,7 @@ class Answered:
     rows: Sequence[Row]
     drawn: Sequence[Sequence[Any]]
     drawn_as: Mapping[str, Any]
-    repeated: int = 0
+    others: int = 0  # prompts in the journal that were asked for before, and are not now
 
 
 def sample(words: Sequence[str]) -> int:
@@ -45,13 +46,18 @@ def sample(words: Sequence[str]) -> int:
     asked = options.parse(words)
     log.quiet()
     made.check_free(asked.output, overwrite=asked.overwrite)
+    made.check_name(asked.name)
+    _answer_of(asked)
     if asked.reason_template is not None:
         choosing.template_of(asked.reason_template)
     scratch = Path(f"{asked.output}.drawn")
     with _ending_well(scratch):
         answered = _drawn_before(asked) if asked.drawn_before else _answered(asked, scratch)
         card = _kept(asked, answered, words)
-    journal.remove(scratch)
+    if answered.others:
+        log.say(f"{scratch} holds completions of {answered.others:,} other prompts still; remove it if none is wanted")
+    elif asked.drawn_before is None:  # else a journal there is another command's
+        journal.remove(scratch)
     log.say(f"train on it: --datasets {shlex.quote(json.dumps([{'path': str(card)}]))}")
     return 0
 
@@ -64,7 +70,7 @@ def _answered(asked: Asked, scratch: Path) -> Answered:
         from align_kit.models import source
         from align_kit.sampling import drawing
 
-    found = prompts.read(asked.prompts, asked.limit)
+    found = prompts.read(asked.prompts, asked.limit, asked.prompt_template)
     for warning in found.warnings:
         log.warn(warning)
     _judge(asked, found.checker, found.rows)
@@ -73,12 +79,14 @@ def _answered(asked: Asked, scratch: Path) -> Answered:
         raise UserError(f"{asked.model} gives scores, not words; give a language model")
     how = Drawing(asked.samples, asked.temperature, asked.top_p, asked.top_k, asked.length, asked.seed)
     name = Path(teacher.name).name if Path(teacher.name).expanduser().is_dir() else teacher.name
-    drawn_as = {"model": name, "model_digest": source.digest(teacher), **_named(how), "dtype": asked.dtype}
-    rows, ids = _tokens(asked, found.rows, teacher)
+    rows, ids, words = _tokens(asked, found.rows, teacher)
+    dtype = drawing.precision(asked.dtype)
+    drawn_as = {"model": name, "model_digest": source.digest(teacher), "tokenizer_digest": words, "dtype": dtype}
+    drawn_as |= _named(how)
     with journal.opened(scratch, drawn_as) as done:
         work = drawing.Work(
             asked.model, {key_of(row): one for row, one in zip(rows, ids, strict=True)}, how, asked.batch_size,
-            asked.dtype, asked.trusted, asked.workers,
+            dtype, asked.trusted, asked.workers,
         )  # fmt: skip
         before = sum(key in done.found for key in work.prompts)
         log.say(
@@ -87,7 +95,10 @@ def _answered(asked: Asked, scratch: Path) -> Answered:
         )
         drawing.drawn(work, done)
         drawn = [done.found[key_of(row)] for row in rows]
-    return Answered(rows, drawn, {**drawn_as, **_sources(found)}, found.repeated)
+    unasked = {told.REPEATED_PROMPTS: found.repeated, told.NO_ROOM: len(found.rows) - len(rows)}
+    counts = {name: count for name, count in unasked.items() if count}
+    others = len(done.found.keys() - work.prompts.keys())
+    return Answered(rows, drawn, {**drawn_as, **_sources(found), "unasked": counts}, others)
 
 
 def _named(how: Any) -> dict[str, Any]:
@@ -99,14 +110,17 @@ def _sources(found: Prompts) -> dict[str, Any]:
     return {"from": list(found.origins), "licences": list(found.licences), "checker": found.checker}
 
 
-def _tokens(asked: Asked, rows: Sequence[Row], teacher: Any) -> tuple[list[Row], list[list[int]]]:
-    """Return the prompts the model has room to answer, and their tokens."""
+def _tokens(asked: Asked, rows: Sequence[Row], teacher: Any) -> tuple[list[Row], list[list[int]], str]:
+    """Return the prompts the model has room to answer, their tokens, and the digest of what made those."""
     from transformers import AutoConfig
 
     from align_kit.data.render import Renderer
+    from align_kit.data.tokenise import tokenizer_digest
     from align_kit.models import load
 
     tokenizer = load.load_tokenizer(teacher, trust_remote_code=asked.trusted)
+    if tokenizer.chat_template and isinstance(rows[0]["prompt"], str):
+        log.say("prompts are given as they stand; --prompt-template chat would make each a turn of the chat template")
     ids = Renderer(tokenizer).prompts(rows)
     with load.naming(teacher):
         config = AutoConfig.from_pretrained(str(teacher.weights.folder), trust_remote_code=asked.trusted)
@@ -119,13 +133,15 @@ def _tokens(asked: Asked, rows: Sequence[Row], teacher: Any) -> tuple[list[Row],
         )
     if not fitting:
         raise UserError(f"the model has no room for any prompt beside --max-new-tokens {asked.length}; lower it")
-    return [row for row, _ in fitting], [one for _, one in fitting]
+    return [row for row, _ in fitting], [one for _, one in fitting], tokenizer_digest(tokenizer)
 
 
 def _drawn_before(asked: Asked) -> Answered:
     assert asked.drawn_before is not None
     drawn_as, rows, drawn = journal.finished(asked.drawn_before)
-    return Answered(rows[: asked.limit], drawn[: asked.limit], drawn_as)
+    with (asked.drawn_before / journal.DRAWN).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Answered(rows[: asked.limit], drawn[: asked.limit], {**drawn_as, "completions_sha256": digest})
 
 
 def _judge(asked: Asked, checker: str | None, rows: Sequence[Row]) -> Judge | None:
@@ -153,12 +169,11 @@ def _kept(asked: Asked, answered: Answered, words: Sequence[str]) -> Path:
     chooser = choosing.Chooser(asked, at_least, _answer_of(asked))
     for row, some, given in zip(answered.rows, answered.drawn, scores, strict=True):
         chooser.add(row, some, given)
-    found = chooser.found
-    completions = sum(map(len, answered.drawn))
-    log.say(told.table(asked, found, answered.repeated, completions, len(answered.rows), at_least))
+    found, unasked = chooser.found, answered.drawn_as.get("unasked", {})
+    log.say(told.table(asked, found, unasked, at_least))
     if not found.rows:
         raise UserError("nothing is left to write; what was drawn is kept: see the table for what to ask for instead")
-    facts = told.made_set(asked, words, answered.drawn_as, found, judged_by, answered.repeated, at_least)
+    facts = told.made_set(asked, words, answered.drawn_as, found, judged_by, unasked, at_least)
     card = _write(asked, answered, scores, facts, found.rows)
     log.say(f"written: {card} ({len(found.rows):,} rows of {len(answered.rows):,} prompts)")
     return card
@@ -169,8 +184,8 @@ def _write(
 ) -> Path:
     """Write the rows, and beside them every completion with its score, so that others can be chosen later."""
     finite = [[None if one is None or math.isnan(one) else one for one in some] for some in scores]
-    with tempfile.TemporaryDirectory() as aside:
-        all_of_them, how = Path(aside) / journal.DRAWN, Path(aside) / journal.ASKED
+    with _aside(asked.output) as aside:
+        all_of_them, how = aside / journal.DRAWN, aside / journal.ASKED
         with all_of_them.open("wb") as stream:
             stream.writelines(journal.completed_lines(answered.rows, answered.drawn, finite))
         how.write_text(json.dumps(dict(answered.drawn_as), indent=1) + "\n", encoding="utf-8")
@@ -178,12 +193,25 @@ def _write(
         return made.write_made(asked.output, facts, {"train": rows}, overwrite=asked.overwrite, beside=beside)
 
 
+@contextmanager
+def _aside(output: Path) -> Iterator[Path]:
+    """Give a folder on the disk of the output, where there is room for what is drawn if there is any."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror or error}; name another --output") from None
+    with aside as name:
+        yield Path(name)
+
+
 def _answer_of(asked: Asked) -> choosing.AnswerOf:
-    from align_kit.data import checkers, functions
+    from align_kit.data import checkers
+    from align_kit.sampling import judging
 
     if asked.keep != MAJORITY or not asked.answer_of:
         return checkers.number_of
-    return functions.function(asked.answer_of, "--answer-of")
+    return judging.answer_of(asked.answer_of)
 
 
 @contextmanager
@@ -203,9 +231,13 @@ def _ending_well(scratch: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        kept = f"; what was drawn is kept in {scratch}" if scratch.is_dir() else ""
         raise UserError(
-            f"the disk of {scratch.parent} is full; what was drawn is kept in {scratch}: make room, and give the same "
-            "command again"
+            f"the disk of {scratch.parent} is full{kept}: make room, and give the same command again"
         ) from None
+    except Exception as error:  # of a checker or a reward function, as a rule: its author needs the place
+        if scratch.is_dir() and not isinstance(error, UserError):
+            error.add_note(f"what was drawn is kept in {scratch}; the same command goes on from there")
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

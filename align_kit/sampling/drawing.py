@@ -48,6 +48,13 @@ class Place:
     threads: int
 
 
+def precision(asked: str) -> str:
+    """Return the precision that `auto` stands for here, or what is asked."""
+    import torch
+
+    return asked if asked != "auto" else "bfloat16" if torch.accelerator.is_available() else "float32"
+
+
 def drawn(work: Work, journal: Journal) -> None:
     """Draw what the journal lacks of `work` and store it there; raises `UserError` where a worker was killed."""
     missing = [key for key in work.prompts if key not in journal.found]
@@ -80,7 +87,8 @@ def _places(work: Work, most: int) -> list[Place]:
         return [Place(place % torch.accelerator.device_count(), 1) for place in range(count)]
     cores = machine.cores()
     count = min(work.workers or min(cores, _fitting(work.model)), max(1, most))
-    return [Place(None, max(1, cores // count))] * count
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))  # what the user has set is left alone
+    return [Place(None, threads)] * count
 
 
 def _fitting(model: str) -> int:
@@ -188,8 +196,8 @@ def _open(work: Work, place: Place) -> None:
         torch.set_num_threads(place.threads)
     else:
         torch.accelerator.set_device_index(place.device)
-    dtype = work.dtype if work.dtype != "auto" else "float32" if place.device is None else "bfloat16"
-    model, tokenizer = open_model(work.model, dtype=getattr(torch, dtype), trust_remote_code=work.trusted)
+    dtype = getattr(torch, work.dtype)
+    model, tokenizer = open_model(work.model, dtype=dtype, trust_remote_code=work.trusted)
     _held[:] = [(model, tokenizer, work)]
 
 

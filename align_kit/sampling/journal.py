@@ -66,7 +66,13 @@ def _hold_to(folder: Path, asked: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(dict(asked), indent=1) + "\n", encoding="utf-8")
         os.replace(part, place)
         return
-    before = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{place} cannot be read ({error}), so nobody knows how what is beside it was drawn; remove {folder}, or "
+            "name another --output"
+        ) from None
     for name, value in asked.items():
         if before.get(name) != value:
             raise UserError(
@@ -124,16 +130,29 @@ def finished(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[l
     Raises `UserError` for a folder without them.
     """
     try:
-        asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
-        lines = (folder / DRAWN).read_text(encoding="utf-8", errors="surrogatepass").splitlines()
-        told = [json.loads(line) for line in lines]
+        asked = dict(json.loads((folder / ASKED).read_text(encoding="utf-8")))
+        # Not `splitlines`: U+2028 and its like end a line for it, and stand in texts.
+        text = (folder / DRAWN).read_text(encoding="utf-8", errors="surrogatepass")
+        told = [json.loads(line) for line in text.split("\n") if line]
+        if missing := {"model", "seed", "from", "licences", "checker"} - asked.keys():
+            raise ValueError(f"{ASKED} does not say {sorted(missing)[0]}")
         rows = [{name: value for name, value in line.items() if name != "completions"} for line in told]
-        drawn = [[Completion(one["text"], one["tokens"], one["ended"], one["control"]) for one in line["completions"]]
-                 for line in told]  # fmt: skip
+        drawn = [[_completion(one) for one in line["completions"]] for line in told]
+        if not all("prompt" in row for row in rows):
+            raise ValueError("a line has no prompt")
     except FileNotFoundError:
         raise UserError(
             f"--from {folder}: no {ASKED} and {DRAWN} there; name a folder that align-kit sample wrote"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--from {folder}: its {DRAWN} cannot be read ({error}); draw the completions anew") from None
+        raise UserError(
+            f"--from {folder}: its {ASKED} or {DRAWN} cannot be read ({type(error).__name__}: {error}); draw the "
+            "completions anew"
+        ) from None
     return asked, rows, drawn
+
+
+def _completion(told: Mapping[str, Any]) -> Completion:
+    if not isinstance(told["text"], str):
+        raise ValueError(f"a completion's text is {told['text']!r:.40}")
+    return Completion(told["text"], told["tokens"], told["ended"], told["control"])

@@ -67,6 +67,8 @@ class CheckerJudge(Judge):
                     f"prompt {number} has no answer to check against ({_shown(row)!r}); give every row an 'answer' "
                     "column, or judge with --reward-model, or by --keep majority"
                 )
+        if rows:  # what a checker cannot do is better known before the completions are drawn
+            self._score(rows[0], str(rows[0]["answer"]))
 
     def __call__(self, rows: Sequence[Row], drawn: Drawn) -> Scores:
         return [[self._score(row, one.text) for one in some] for row, some in zip(rows, drawn, strict=True)]
@@ -78,11 +80,13 @@ class CheckerJudge(Judge):
             self.at_least = float(RIGHT)
             return float(verdict.rank)
         try:
-            return float(verdict)
+            score = float(verdict)
         except (TypeError, ValueError):
             raise UserError(
                 f"the checker {self.name} gave {verdict!r:.80}; it must give a number, or a Verdict"
             ) from None
+        functions.check_finite(f"the checker {self.name}", [score], [text])
+        return score
 
 
 class FunctionJudge(Judge):
@@ -99,7 +103,7 @@ class FunctionJudge(Judge):
         count = len(texts)
         each = [
             functions.rewards(
-                name, reward, prompts=[row["prompt"]] * count, completions=texts, completion_ids=[[]] * count,
+                name, reward, prompts=[row["prompt"]] * count, completions=texts,
                 answers=[row.get("answer")] * count,
             )
             for name, reward in self._rewards
@@ -129,6 +133,19 @@ class ModelJudge(Judge):
         self.digest = scorer.digest
         scores = scorer.scores(watched(told, len(told), "scoring"), ["completion"])
         return [[next(scores)[0] for _ in some] for some in drawn]
+
+
+def answer_of(dotted: str) -> Callable[[str], str | None]:
+    """Return the function that finds the answer in a completion; it raises `UserError` where that is no text."""
+    found = functions.function(dotted, "--answer-of")
+
+    def answer(text: str) -> str | None:
+        given = found(text)
+        if given is None or isinstance(given, str):
+            return given
+        raise UserError(f"--answer-of: {dotted} gave {given!r:.80}; it must give a text, or None where there is none")
+
+    return answer
 
 
 def _turn(text: str) -> list[Row]:

@@ -39,6 +39,7 @@ class Asked:
     name: str
     overwrite: bool
     limit: int | None
+    prompt_template: str | None
     samples: int
     temperature: float
     top_p: float
@@ -76,11 +77,13 @@ def parse(words: Sequence[str]) -> Asked:
     _add_keeping(parser)
     given = parser.parse_args(list(words))
     keep = given.keep or (WRITTEN_BY[given.write] if given.write else BEST_WORST)
+    output = given.output if given.output.name not in ("", "..") else given.output.resolve()  # it gives names
     found = Asked(
         model=given.words[0] if given.words else "", prompts=tuple(given.words[1:]), drawn_before=given.drawn_before,
-        output=given.output, name=given.name or given.output.resolve().name, overwrite=given.overwrite,
-        limit=given.max_prompts, samples=given.samples, temperature=given.temperature, top_p=given.top_p,
-        top_k=given.top_k, length=given.max_new_tokens, seed=given.seed, batch_size=given.batch_size,
+        output=output, name=given.name or output.name, overwrite=given.overwrite,
+        limit=given.max_prompts, prompt_template=given.prompt_template, samples=given.samples,
+        temperature=given.temperature, top_p=given.top_p, top_k=given.top_k, length=given.max_new_tokens,
+        seed=given.seed, batch_size=given.batch_size,
         workers=given.workers, dtype=given.dtype, trusted=given.trust_remote_code, checker=given.checker,
         reward_funcs=tuple(given.reward_funcs), reward_model=given.reward_model, answer_of=given.answer_of,
         keep=keep, write=given.write or WRITES[keep][0], at_least=given.at_least, margin=given.margin,
@@ -135,6 +138,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="choose anew among the completions of a folder this command wrote; nothing is drawn")  # fmt: skip
     add("--name", help="name of the new card; default: the folder's")
     add("--overwrite", action="store_true", help="replace a set that align-kit wrote to the folder")
+    add(*both("--prompt-template"), metavar="chat|TEXT", help="what string prompts become: a user's turn of the "
+        "model's chat template, or a text that holds {prompt}; default: what their card says, or as they stand",
+    )  # fmt: skip
     add(*both("--max-prompts"), type=_count, metavar="N", help="take the first N prompts")
 
 

@@ -38,10 +38,13 @@ def key_of(row: Row) -> int:
     return int(text_digest(canonical_json(asked))[:16], 16)
 
 
-def read(named: Sequence[str], limit: int | None) -> Prompts:
-    """Return the prompts of all sources, the first `limit`; raises `UserError` as loading for a run does."""
-    specs = [_spec(one) for one in named]
-    found = [load.load([spec], phase="eval") for spec in specs]
+def read(named: Sequence[str], limit: int | None, template: str | None = None) -> Prompts:
+    """Return the prompts of all sources, the first `limit`; raises `UserError` as loading for a run does.
+
+    `template` is what string prompts become ("chat", or a text that holds {prompt}), in place of what a card says.
+    """
+    specs = [{**_spec(one), **({"prompt_template": template} if template else {})} for one in named]
+    found = [_loaded(spec) for spec in specs]
     kept: dict[int, Row] = {}
     rows = 0
     for one in found:
@@ -69,6 +72,13 @@ def _spec(named: str) -> dict[str, str]:
     return {"path": match["path"], "split": f"train[{split}]" if ":" in split and "[" not in split else split}
 
 
+def _loaded(spec: Mapping[str, str]) -> load.Loaded:
+    """Return one source's rows; of traces the prompts with their answers, which stand there without the chains."""
+    found = load.load([spec], phase="eval")
+    traces = found.kind == "prompt_completion" and found.sources[0].format == "reason"
+    return load.load([spec], phase="ppo") if traces else found
+
+
 def _checker(path: str) -> str | None:
     is_card = path.startswith("card:") or path.endswith(".md")
     return cards.load_card(path.removeprefix("card:")).block.checker if is_card else None
@@ -87,20 +97,25 @@ def _prompts(kind: str, rows: Any, where: str) -> Iterator[Row]:
     for number, row in enumerate(rows, start=1):
         carried = {name: row[name] for name in CARRIED if row.get(name) is not None}
         if kind == "messages":
-            yield {"prompt": _before_answer(row["messages"], f"{where}, row {number}"), **carried}
+            turns, answer = _before_answer(row["messages"], f"{where}, row {number}")
+            yield {"prompt": turns, **({"answer": answer} if answer is not None else {}), **carried}
         elif kind == "text":
             raise UserError(f"{where}: text rows have no prompts; give rows with a prompt column or messages")
         else:
-            answer = row.get("answer") or (_said(row["completion"]) if kind == "prompt_completion" else None)
+            answer = row.get("answer")  # which may be 0
+            if answer is None and kind == "prompt_completion":
+                answer = _said(row["completion"])
             yield {"prompt": row["prompt"], **({"answer": answer} if answer is not None else {}), **carried}
 
 
-def _before_answer(messages: list[Row], where: str) -> list[Row]:
-    """Return a conversation up to its last answer, which is the model's to write anew."""
-    turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not turns:
+def _before_answer(messages: list[Row], where: str) -> tuple[list[Row], str | None]:
+    """Return a conversation up to its last answer, which is the model's to write anew, and that answer's text."""
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    if len(messages) == 1:
         raise UserError(f"{where}: the conversation holds nothing but an answer; remove the row")
-    return turns
+    said = messages[-1].get("content")
+    return messages[:-1], said if isinstance(said, str) else None
 
 
 def _said(completion: Any) -> str:

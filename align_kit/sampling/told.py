@@ -9,8 +9,14 @@ from align_kit.data.made import MadeSet
 from align_kit.sampling.choosing import NO_MAJORITY, NO_PAIR, NONE_GOOD, Chosen
 from align_kit.sampling.options import ALL, MAJORITY, Asked
 
+REPEATED_PROMPTS, NO_ROOM = "repeated prompts", "prompts without room"
+UNASKED = {
+    REPEATED_PROMPTS: "the same prompt stands before",
+    NO_ROOM: "empty, or longer than the model reads beside a completion",
+}
 PHASES = {"sft": ("sft",), "preference": ("dpo", "orpo", "reward", "kto"), "binary": ("kto",)}
 FORMATS = {"sft": "prompt_completion", "preference": "preference", "binary": "binary"}
+NO_FACTS = ("from", "licences", "checker", "seed", "unasked")  # of how it was drawn: told elsewhere in the card
 RULES = {
     "cut off": "no end within the longest completion",
     "empty": "nothing but white space",
@@ -21,24 +27,29 @@ RULES = {
 }
 
 
-def table(asked: Asked, found: Chosen, repeated: int, drawn: int, prompts: int, at_least: float | None) -> str:
-    """Return what was left out, and what share of completions and prompts was good."""
+def table(asked: Asked, found: Chosen, unasked: Mapping[str, int], at_least: float | None) -> str:
+    """Return what was left out, and what share of completions and prompts was good.
+
+    `unasked` counts the prompts that the model was not given, by reason.
+    """
     lines = [f"{'left out':<34} {'of':<12} {'count':>8}  rule"]
-    for name, of, count, rule in _steps(asked, found, repeated, at_least):
-        share = count / (drawn if of == "completions" else prompts + repeated)
+    for name, of, count, rule in _steps(asked, found, unasked, at_least):
+        share = count / (found.drawn if of == "completions" else found.answered + sum(unasked.values()))
         lines.append(f"{name:<34} {of:<12} {count:>8,}  {rule} ({share:.1%})")
     if len(lines) == 1:
         lines = ["nothing was left out"]
     return "\n".join([*lines, *_shares(asked, found)])
 
 
-def _steps(asked: Asked, found: Chosen, repeated: int, at_least: float | None) -> list[tuple[str, str, int, str]]:
-    steps = [("repeated prompts", "prompts", repeated, "the same prompt stands before")] if repeated else []
+def _steps(
+    asked: Asked, found: Chosen, unasked: Mapping[str, int], at_least: float | None
+) -> list[tuple[str, str, int, str]]:
+    steps = [(name, "prompts", count, UNASKED[name]) for name, count in unasked.items()]
     steps += [(name, "completions", count, RULES[name]) for name, count in found.completions.items()]
     margin = f"scores differ by no more than {asked.margin:g}" if asked.margin else "all score alike"
     enough = f"no completion scores {at_least:g}" if at_least is not None else "no completion"
     rules = {
-        NO_PAIR: margin + (f", or the best not {at_least:g}" if at_least is not None else ""),
+        NO_PAIR: margin + (f", or the best below {at_least:g}" if at_least is not None else ""),
         NONE_GOOD: enough,
         NO_MAJORITY: f"no answer has {asked.agreement:.0%} of the votes",
     }
@@ -68,13 +79,13 @@ def made_set(
     drawn_as: Mapping[str, Any],
     found: Chosen,
     judge: Mapping[str, Any],
-    repeated: int,
+    unasked: Mapping[str, int],
     at_least: float | None,
 ) -> MadeSet:
     """Return what the card says of the rows: teacher, prompts, seed, judge, and the counts of what was left out."""
     teacher = drawn_as["model"]
     reason = asked.reason_template is not None
-    facts = {name: value for name, value in drawn_as.items() if name not in ("from", "licences", "checker", "seed")}
+    facts = {name: value for name, value in drawn_as.items() if name not in NO_FACTS}
     shares = {"good_completions": found.good, "judged_completions": found.judged} if found.judged else {}
     return MadeSet(
         name=asked.name,
@@ -86,7 +97,7 @@ def made_set(
         checker=drawn_as["checker"] if asked.write != "binary" else None,
         filters=[
             {"name": name, "rule": f"{rule} ({of})", "dropped": count}
-            for name, of, count, rule in _steps(asked, found, repeated, at_least)
+            for name, of, count, rule in _steps(asked, found, unasked, at_least)
         ],
         sections={
             "Motivation": "Written to train a student on what a teacher model answers, or the teacher itself on the "
@@ -105,6 +116,8 @@ def made_set(
             **({} if at_least is None or asked.keep in (ALL, MAJORITY) else {"at_least": at_least}),
             **({"agreement": asked.agreement} if asked.keep == MAJORITY else {}),
             **judge,
+            "prompts": found.answered,
+            "completions": found.drawn,
             **shares,
         },
     )

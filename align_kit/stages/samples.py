@@ -117,7 +117,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> li
     import torch
     from transformers import GenerationConfig
 
-    from align_kit.models import load, moe
+    from align_kit.models import generate, load, moe
     from align_kit.models.quantiles import ends_of
 
     encoded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
@@ -126,7 +126,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> li
         do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=ends, pad_token_id=pad, use_cache=True
     )
     # Under ZeRO-3 `generate` would wait for the other ranks, which answer nothing.
-    with load.plain_transformers(), torch.inference_mode():
+    with load.plain_transformers(), generate.own_settings_aside(model), torch.inference_mode():
         ids_BT = model.generate(
             **{name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")},
             generation_config=asked,
