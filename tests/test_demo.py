@@ -82,7 +82,8 @@ def test_bad_options(words: str, message: str) -> None:
 @pytest.mark.slow
 def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
     """A share of the steps: enough that fine-tuning teaches the format and DPO makes the model show its work."""
-    words = ["--scale", "0.2", "--split", "validation", "--arms", "dpo", "--output_dir", str(tmp_path / "demo")]
+    words = ["--scale", "0.2", "--split", "validation", "--arms", "reward", "dpo"]
+    words += ["--output_dir", str(tmp_path / "demo")]
     done = ranks.run(
         function="tests.demo_work:few_problems", argv=words, drawn=256, scored=128, world_size=1, ranked=False,
         cwd=tmp_path, env={"ALIGN_KIT_CACHE": str(tmp_path / "cache")}, timeout=900,
@@ -92,6 +93,8 @@ def test_small_demo_runs_to_its_table(tmp_path: Path, ranks: Ranks) -> None:
     assert sft["perplexity"] < 0.5 * base["perplexity"]
     assert sum(base["greedy"]) == 0 and sft["form"] > 0.9
     assert dpo["work"] > sft["work"] + 0.1
+    judged = json.loads((tmp_path / "demo/seed0/reward/manifest.json").read_text())
+    assert judged["status"] == "finished" and "held-out pairs" in done.text
     assert "| DPO " in done.text and (tmp_path / "demo/report.md").is_file()
     manifest = json.loads((tmp_path / "demo/seed0/dpo/manifest.json").read_text())
     assert manifest["frozen"]["reference"]["digest"] == manifest["policy"]["digest"]

@@ -212,6 +212,9 @@ def _open_card(card: Card, spec: dict[str, Any], split: str, phase: str, home: P
     block = card.block
     _refuse(spec, ("data_files",) if block.source.kind == "hub" else _HUB_KEYS, f"card:{card.name}")
     ours = cards.parse_slice(split)[0]
+    if ours not in block.splits and "split" not in spec:
+        there = ", ".join(block.splits)
+        raise UserError(f"card {card.name} has no split {ours!r}, the one read where none is named; name one: {there}")
     if ours not in block.splits:
         raise unknown(f"split of card {card.name}", ours, block.splits)
     theirs = block.splits[ours]

@@ -156,8 +156,8 @@ class Seed:
 
 
 def data(place: Path, option: str = "datasets") -> list[str]:
-    """Return the words that name a file as the data of a run."""
-    return [f"--{option}", json.dumps([{"path": str(place)}])]
+    """Return the words that name a file, or a card with training rows alone, as the data of a run."""
+    return [f"--{option}", json.dumps([{"path": str(place), "split": "train"}])]
 
 
 # --- the arms ---------------------------------------------------------------------------------------------
