@@ -7,9 +7,11 @@ import platform
 import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from align_kit import control_groups
 from align_kit.errors import UserError
 from align_kit.resources import PACKAGE
 
@@ -89,6 +91,25 @@ def choose_accelerator(environ: MutableMapping[str, str]) -> None:
 def cores() -> int:
     """Return the CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of this machine in bytes: all of it, and what is free; `group` where a control group allows less."""
+
+    total: int
+    left: int
+    group: bool = False
+
+
+def memory(process: Path = control_groups.PROCESS) -> Memory:
+    """Return the memory that this process and those beside it may use: a container sees more than it may have."""
+    import psutil
+
+    seen, allowed = psutil.virtual_memory(), control_groups.read(process)
+    if allowed.memory is None or allowed.memory_left is None or allowed.memory >= seen.total:
+        return Memory(seen.total, seen.available)
+    return Memory(allowed.memory, min(seen.available, allowed.memory_left), group=True)
 
 
 def hardware_precision() -> str:

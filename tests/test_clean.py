@@ -196,6 +196,37 @@ def test_rules_are_data_and_a_file_changes_them(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_lines_are_cut_where_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    menu = "Home | About | Contact"
+    page, wrapped = prose(0).replace(". ", ".\n"), prose(1).replace(". ", ".\n")
+    source = texts(tmp_path / "a.jsonl", f"{menu}\n{page}\n{menu}", f"{menu}\n{wrapped}", "\n".join([menu] * 60))
+    as_it_is = cleaned(tmp_path / "plain", source, "--filters", "c4")
+    assert [str(row["text"])[:22] for row in as_it_is] == [menu, menu], "nothing is cut that nobody asked for"
+    capsys.readouterr()
+    kept = cleaned(tmp_path / "cut", source, "--filters", "c4_lines,c4", "--keep-dropped", "--dedup", "none")
+    assert kept == [{"text": page}, {"text": wrapped}]
+    assert reasons(tmp_path / "cut") == [("quality", "no line left")]
+    assert "lines cut out of texts: 63 by c4_lines.terminal_mark" in capsys.readouterr().out
+    card = cards.read_card(tmp_path / "cut" / "cut.md")
+    cut, left = card.block.filters
+    assert (cut.rule, cut.cut, cut.dropped, left.dropped) == ("c4_lines.terminal_mark", 63, 0, 1)
+    assert "63 lines cut out" in (tmp_path / "cut" / "cut.md").read_text()
+    assert stats([source, "--filters", "c4_lines,c4", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["would_cut"] == {"c4_lines.terminal_mark": 63}
+    assert [one["rule"] for one in figures["would_drop"]] == ["c4.sentences"], "a survey changes nothing"
+    rules = tmp_path / "own.yaml"
+    rules.write_text("{c4_lines: {terminal_mark: null, words: {min: 3}}}")
+    words = ["--filters", "c4_lines", "--rules", str(rules)]
+    assert len(cleaned(tmp_path / "own", source, *words)) == 3, "rules for lines are laid over as others are"
+    pairs = written(tmp_path / "p.jsonl", [{"prompt": "p", "completion": menu}])
+    capsys.readouterr()
+    cleaned(tmp_path / "pairs", pairs, "--filters", "c4_lines")
+    assert "rules that cut lines out are for texts: none was applied to rows of prompt_completion" in (
+        capsys.readouterr().out
+    )
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +479,15 @@ def test_web_text_is_filtered_as_by_hand(tmp_path: Path, at_home: Path) -> None:
     assert 30 <= len(dropped) <= 50
     shown = "\n".join(str(row["row"]) for row in dropped.values())
     assert "Access All Records Of <phone> Now!" in shown and "Inserisci l indirizzo email" in shown
+
+
+def test_no_line_of_c4_itself_is_cut(at_home: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its pages have been through the published rules: what those kept ours keep, all 2,676 lines."""
+    assert stats(["card:llamafactory_c4_demo", "--filters", "c4_lines,c4", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["would_cut"] == {} and figures["rows"] == 300
+    dropped = {one["rule"]: one["rows"] for one in figures["would_drop"] if one["step"] == "quality"}
+    assert dropped == {"c4.sentences": 2}, "two pages whose sentences NLTK parts otherwise"
 
 
 def test_shards_cleaned_alone_and_compared_at_last_give_the_same(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from align_kit.clean.measures import MEASURES, Text
 from align_kit.clean.options import FILTERS
 from align_kit.clean.parts import learnt, parts
 from align_kit.clean.personal import KINDS, masked_text
-from align_kit.clean.rules import broken, cited, load_rules
+from align_kit.clean.rules import broken, cited, cut, load_rules
 from align_kit.errors import UserError
 
 MEASURED = [
@@ -38,6 +38,10 @@ MEASURED = [
     ("holds", "lorem ipsum", "Lorem Ipsum dolor", 1),
     ("sentences", None, "This is one whole line. And here is another!\nShort one.\nWe use JavaScript on any page.", 2),
     ("lines_ending_in_punctuation", None, "a.\nb\nc!\nd\"", 3 / 4),
+    ("ends_in_terminal_mark", None, 'He said "yes"', 1),
+    ("ends_in_terminal_mark", None, "and so on...", 0),
+    ("ends_in_terminal_mark", None, "Home | About", 0),
+    ("notices", None, "Enable JavaScript. We use cookies; see our privacy policy.", 3),
     ("lines_shorter_than", 3, "ab\nabc\na", 2 / 3),
 ]  # fmt: skip
 
@@ -82,6 +86,38 @@ def test_rules_are_those_that_were_published() -> None:
     assert rules["fineweb", "lines_ending_in_punctuation"].bounds == "more than 0.12"
     assert rules["fineweb", "characters_in_repeated_lines"].bounds == "less than 0.1"
     assert all("20" in cited(name) for name in ("gopher", "c4", "fineweb"))
+
+
+PAGE = """Home | About | Contact us today
+
+Our site uses cookies to make it better for you.
+The first paragraph has a line that is whole.
+Read more.
+
+
+It goes on after the menu, in a second paragraph!
+Copyright of nobody in the year of the test"""
+
+
+def test_lines_are_cut_as_c4_would() -> None:
+    """Raffel 2020, sec. 2.2: a line stays that ends in a terminal mark, has five words and is no notice."""
+    rules = load_rules(["c4_lines"])
+    text, hits = cut(PAGE, rules)
+    assert text == "The first paragraph has a line that is whole.\n\nIt goes on after the menu, in a second paragraph!"
+    assert [rule.full_name.partition(".")[2] for rule in hits] == ["terminal_mark", "notices", "words", "terminal_mark"]
+    assert cut(text, rules) == (text, [])
+    untouched = "  A line with its own spaces stays as it was.\n\n\n\nAnd so does the space between these.  "
+    assert cut(untouched, rules) == (untouched, [])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from(["", "  ", "This line is a whole one.", "menu", "We use cookies on all our pages."])))
+def test_cutting_keeps_good_lines_in_order_and_is_done_once(lines: list[str]) -> None:
+    rules = load_rules(["c4_lines"])
+    text, hits = cut("\n".join(lines), rules)
+    assert text.count("This line is a whole one.") == lines.count("This line is a whole one.")
+    assert len(hits) == sum(line in ("menu", "We use cookies on all our pages.") for line in lines)
+    assert cut(text, rules) == (text, []) and (not hits or text == text.strip())
 
 
 def test_bounds_include_what_they_should() -> None:

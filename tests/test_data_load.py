@@ -240,6 +240,7 @@ MISTAKES = [
     ({"path": "a.jsonl", "max_samples": 1.5}, "max_samples must be a positive whole number"),
     ({"path": "pairs.jsonl"}, "preference rows cannot be used by sft, which takes prompt_completion or messages"),
     ({"path": "card:gsm8k", "split": "validation"}, "unknown split of card gsm8k 'validation'; known: test, train"),
+    ({"path": "card:sums_pairs", "split": "dev"}, "unknown split of card sums_pairs 'dev'"),
     ({"path": "card:sums_pairs"}, "cannot be used by sft"),
     ({"path": "card:sums_sft", "data_files": "a.jsonl"}, "card:sums_sft: data_files does not apply"),
     ({"path": "card:gsm8k", "data_files": "a.jsonl"}, "card:gsm8k: data_files does not apply"),
@@ -260,6 +261,11 @@ def folder_of_mistakes(tmp_path, monkeypatch):
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xe9"}\n')
+
+
+def test_a_split_that_nobody_named_is_not_called_unknown():
+    with pytest.raises(UserError, match="card gsm8k has no split 'dev', the one read where none is named; name one: "):
+        load([{"path": "card:gsm8k"}], phase="sft", split_default="dev")
 
 
 @pytest.mark.usefixtures("folder_of_mistakes")

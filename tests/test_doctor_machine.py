@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from align_kit import machine
-from align_kit.doctor import gpu, limits, storage, system
+from align_kit import control_groups, machine
+from align_kit.control_groups import Limits
+from align_kit.doctor import gpu, storage, system
 from align_kit.doctor.finding import BAD, NOTE, OK, WARN
-from align_kit.doctor.limits import Limits
 from tests.harness import ROOT
 from tests.namespaces import apart
 
@@ -44,7 +44,7 @@ def test_version_2_takes_the_tightest_of_all_groups_above(tmp_path: Path) -> Non
     group(mount, cpu_max="max 100000", memory_max=str(16 * GIB), memory_current=str(5 * GIB))
     group(mount / "job", memory_max=f"{8 * GIB}\n", memory_current=f"{5 * GIB}", memory_stat=f"inactive_file {GIB}\n")
     group(mount / "job" / "step", memory_max="max\n", cpu_max="150000 100000", pids_max="100", pids_current="40")
-    seen = limits.read(process(tmp_path, "0::/job/step\n", [("/", mount, "cgroup2", "nsdelegate")]))
+    seen = control_groups.read(process(tmp_path, "0::/job/step\n", [("/", mount, "cgroup2", "nsdelegate")]))
     assert seen == Limits(8 * GIB, 4 * GIB, 1.5, 60)
 
 
@@ -55,14 +55,14 @@ def test_version_1_in_a_container_sees_its_own_group_as_the_root(tmp_path: Path)
     group(cpu, cpu_cfs_quota_us="50000", cpu_cfs_period_us="100000")
     groups = "4:memory:/docker/abc/inner\n1:cpu,cpuacct:/docker/abc\n0::/\n"
     mounts = [("/docker/abc", memory, "cgroup", "memory"), ("/docker/abc", cpu, "cgroup", "cpu,cpuacct")]
-    assert limits.read(process(tmp_path, groups, mounts)) == Limits(GIB, GIB - 600, 0.5, None)
+    assert control_groups.read(process(tmp_path, groups, mounts)) == Limits(GIB, GIB - 600, 0.5, None)
 
 
 def test_no_limit_is_none(tmp_path: Path) -> None:
     group(tmp_path / "m", memory_limit_in_bytes="9223372036854771712", cpu_cfs_quota_us="-1", cpu_cfs_period_us="1")
     mounts = [("/", tmp_path / "m", "cgroup", "memory,cpu")]
-    assert limits.read(process(tmp_path, "1:memory,cpu:/\n", mounts)) == Limits()
-    assert limits.read(tmp_path / "nowhere") == Limits()
+    assert control_groups.read(process(tmp_path, "1:memory,cpu:/\n", mounts)) == Limits()
+    assert control_groups.read(tmp_path / "nowhere") == Limits()
 
 
 @pytest.fixture
@@ -88,19 +88,31 @@ def real_group() -> Iterator[Path]:
 def test_a_real_group(real_group: Path) -> None:
     places = [real_group.parents[1] / kind / real_group.name / "cgroup.procs" for kind in ("memory", "cpu")]
     enter = "; ".join(f"echo $BASHPID > {place}" for place in places)
-    look = "from align_kit.doctor import limits, system; print(limits.read()); print(system.cores({}, 1).line())"
+    look = (
+        "from align_kit import control_groups; from align_kit.doctor import system; "
+        "from align_kit.plan import hardware; "
+        "print(control_groups.read()); print(system.cores({}, 1).line()); print(hardware.here().memory)"
+    )
     done = subprocess.run(
         ["bash", "-ec", f"{enter}; exec {sys.executable} -c '{look}'"], capture_output=True, text=True, cwd=ROOT
     )
-    seen, cores = done.stdout.splitlines()
+    seen, cores, planned = done.stdout.splitlines()
     assert "memory=299999232" in seen and "cores=0.5" in seen, done.stderr
     assert "the control group allows the time of 0.5; set OMP_NUM_THREADS=1" in cores
+    assert planned == "299999232", "the planner counts on what the group allows, not on the machine's"
 
 
 def tight(tmp_path: Path, **files: str) -> Path:
     """Lay down a process in one group of version 2."""
     group(tmp_path / "g", **files)
     return process(tmp_path, "0::/\n", [("/", tmp_path / "g", "cgroup2", "x")])
+
+
+def test_a_process_may_use_what_its_group_allows(tmp_path: Path) -> None:
+    inside = machine.memory(tight(tmp_path, memory_max=f"{GIB}", memory_current=f"{GIB // 4}"))
+    assert inside == machine.Memory(GIB, GIB - GIB // 4, group=True)
+    wide = machine.memory(tight(tmp_path, memory_max=str(1 << 50), memory_current="0"))
+    assert wide.total > GIB and not wide.group, "a limit above the machine's memory is none"
 
 
 def test_memory(tmp_path: Path) -> None:

@@ -70,12 +70,13 @@ class Source(_Strict):
 
 
 class Filter(_Strict):
-    """What one rule dropped when the rows were made."""
+    """What one rule dropped when the rows were made, and how many lines it cut out of rows that stay."""
 
     name: str
     rule: str | None = None
     threshold: int | float | str | None = None
     dropped: int = Field(ge=0)
+    cut: int | None = Field(default=None, ge=0)
 
 
 class Decontamination(_Strict):

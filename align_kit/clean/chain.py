@@ -18,7 +18,7 @@ from align_kit.clean.measures import Text
 from align_kit.clean.overlap import Overlap
 from align_kit.clean.parts import is_question, learnt, parts
 from align_kit.clean.personal import masked
-from align_kit.clean.rules import Rule, broken
+from align_kit.clean.rules import Rule, broken, cut
 from align_kit.clean.screen import Screen
 from align_kit.clean.source import Batch, Raw, Source
 from align_kit.clean.words import row_digest, tokens
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+NO_LINE = "no line left"
 PAIR = 0.95  # a chosen and a rejected completion this alike teach nothing; less alike, one word may be the point
 
 
@@ -84,6 +85,7 @@ class Judged:
     lines: list[bytes] = field(default_factory=list)
     digests: bytes = b""
     bands: NDArray[np.uint64] | None = None
+    cut: Counter[str] = field(default_factory=Counter)  # lines by the rule they broke
     personal: Counter[str] = field(default_factory=Counter)
     notices: int = 0
     lengths: list[list[tuple[int, int]]] = field(default_factory=list)  # of a survey: characters and words by part
@@ -101,6 +103,8 @@ def judge(plan: Plan, sources: Sequence[Source], batch: Batch) -> Judged:
     judged = Judged(batch.source, batch.size, rows=len(batch.rows))
     items = list(_read(plan, sources[batch.source], batch, judged))
     for step in STEPS:
+        if step is _poor:
+            _cut_lines(plan, batch.source, items, judged.cut)
         hits: dict[int, Hit] = {}
         for place, hit in step(plan, batch.source, items):
             if plan.survey:
@@ -203,14 +207,30 @@ def _foreign(plan: Plan, source: int, items: Sequence[Item]) -> Iterator[tuple[i
             yield place, Hit("language", f"not {plan.language}", str(seen))
 
 
+def _cut_lines(plan: Plan, source: int, items: Sequence[Item], counted: Counter[str]) -> None:
+    """Cut bad lines out of texts, where rules for lines were asked for; a survey counts them only."""
+    rules = [rule for rule in plan.rules[source] if rule.cuts]
+    if plan.kind != "text" or not rules:
+        return
+    for item in items:
+        text, hits = cut(item.texts[0], rules, plan.language or "en")
+        counted.update(rule.full_name for rule in hits)
+        if hits and not plan.survey:
+            item.row, item.texts = {**item.row, "text": text}, (text,)
+
+
 def _poor(plan: Plan, source: int, items: Sequence[Item]) -> Iterator[tuple[int, Hit]]:
-    rules = [rule for rule in plan.rules[source] if rule.answers == (plan.kind != "text")]
-    if plan.kind == "prompt" or not rules:
+    cutting = plan.kind == "text" and any(rule.cuts for rule in plan.rules[source])
+    rules = [rule for rule in plan.rules[source] if rule.answers == (plan.kind != "text") and not rule.cuts]
+    if plan.kind == "prompt" or not (rules or cutting):
         return
     for place, item in enumerate(items):
+        if cutting and not item.texts[0]:
+            yield place, Hit("quality", NO_LINE)
+            continue
         text = Text(learnt(plan.kind, item.row, item.texts), plan.language or "en")
         for rule in broken(text, rules):
-            yield place, Hit("quality", f"{rule.set}.{rule.name}", f"{rule.measured(text):.4g}")
+            yield place, Hit("quality", rule.full_name, f"{rule.measured(text):.4g}")
             if not plan.survey:
                 break
 

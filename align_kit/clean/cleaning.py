@@ -31,7 +31,8 @@ _REMEMBERED = 256  # rows whose shingles are at hand while others are compared w
 
 @dataclass
 class Found:
-    """What cleaning found: rows read by source, rows dropped by (step, rule), personal data by kind, and the twins.
+    """What cleaning found: rows read by source, rows dropped by (step, rule), lines cut by rule, personal data by
+    kind, and the twins.
 
     `twins`: row -> (its twin, likeness), by place among the rows that reached the comparison; `across` of them lie in
     two sources. `survey` facts are filled where the plan asks for them.
@@ -39,6 +40,7 @@ class Found:
 
     read: list[int]
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
     personal: Counter[str] = field(default_factory=Counter)
     notices: int = 0
     twins: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Cleaning:
 
         found, source = self.found, self.sources[judged.source]
         found.read[judged.source] += judged.rows
+        found.cut += judged.cut
         found.personal += judged.personal
         found.notices += judged.notices
         found.languages += judged.languages

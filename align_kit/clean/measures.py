@@ -168,6 +168,16 @@ def lines_shorter_than(text: Text, characters: int) -> float:
     return _share(text.lines, lambda line: len(line) < characters)
 
 
+def ends_in_terminal_mark(text: Text, _: object) -> float:
+    """1 where the text ends in a full stop, a question or exclamation mark or a quotation mark, 0 where it does not."""
+    return float(text.text.endswith(_TERMINAL) and not text.text.endswith(_ELLIPSES))
+
+
+def notices(text: Text, _: object) -> float:
+    """How many phrases of notices on scripts, cookies and terms stand in the text."""
+    return sum(text.lower.count(phrase) for phrase in _NOT_PROSE)
+
+
 def _is_prose(line: str) -> bool:
     if line.count(" ") < _SHORTEST_LINE - 1:
         return False
@@ -204,6 +214,7 @@ MEASURES: dict[str, Callable[..., float | None]] = {
             mean_word_length, symbols_per_word, bullet_lines, ellipsis_lines, words_with_a_letter, stop_words,
             duplicate_lines, duplicate_paragraphs, characters_in_duplicate_lines, characters_in_duplicate_paragraphs,
             top_gram, duplicate_grams, holds, sentences, lines_ending_in_punctuation, lines_shorter_than,
+            ends_in_terminal_mark, notices,
         )
     },
 }  # fmt: skip

@@ -30,7 +30,8 @@ CHAIN = """the steps, in this order; a row is counted under the first that drops
   harmful          rows that hold a text of a list (--harmful)
   language         rows in another language (--language)
   quality          texts that break a rule of Gopher (Rae 2021), C4 (Raffel 2020) or FineWeb (Penedo 2024), and
-                   completions stuck in a loop (--filters, --rules)
+                   completions stuck in a loop (--filters, --rules); with --filters c4_lines,gopher,c4,fineweb,answers
+                   lines that C4 would cut are cut out of texts first
   pair             pairs whose chosen and rejected completion are the same, or nearly
   decontamination  rows that share a run of 13 words with evaluation data, short ones as a whole (--against)
   personal data    emails, IP addresses, phone numbers and keys are replaced by <email>, <ip>, <phone>, <key> (--pii)

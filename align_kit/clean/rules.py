@@ -20,7 +20,7 @@ PER_SOURCE = "for"
 class Rule:
     """A text is good where its measure is in bounds: at least `min`, at most `max`, more than `above`, under `below`.
 
-    `answers`: it is for completions, not for texts.
+    `answers`: it is for completions, not for texts. `cuts`: it is for the lines of a text, and a bad one is cut out.
     """
 
     set: str
@@ -32,6 +32,7 @@ class Rule:
     above: float | None = None
     below: float | None = None
     answers: bool = False
+    cuts: bool = False
 
     def measured(self, text: Text) -> float | None:
         """Return what the rule measures of `text`, None where it means nothing."""
@@ -50,6 +51,11 @@ class Rule:
         )
 
     @property
+    def full_name(self) -> str:
+        """Its name with its set's: `gopher.words`."""
+        return f"{self.set}.{self.name}"
+
+    @property
     def bounds(self) -> str:
         """What the rule asks for, as `50 to 100000` or `at most 0.3`."""
         if self.min is not None and self.max is not None:
@@ -65,6 +71,23 @@ def _is_set(rule: Rule, name: str) -> bool:
 def broken(text: Text, rules: Sequence[Rule]) -> Iterator[Rule]:
     """Yield the rules that a text breaks, in their order."""
     return (rule for rule in rules if rule.is_broken(text))
+
+
+def cut(text: str, rules: Sequence[Rule], language: str = "en") -> tuple[str, list[Rule]]:
+    """Return a text without the lines that break a rule, and for each of those the first rule it broke.
+
+    A blank line between paragraphs stays one blank line. A text of which no line is cut is returned as it is.
+    """
+    lines: list[str] = []
+    hits: list[Rule] = []
+    for line in text.split("\n"):
+        shown = line.strip()
+        hit = next(broken(Text(shown, language), rules), None) if shown else None
+        if hit is not None:
+            hits.append(hit)
+        elif shown or (lines and lines[-1]):
+            lines.append(line if shown else "")
+    return ("\n".join(lines).strip() if hits else text), hits
 
 
 def load_rules(names: Sequence[str], overlay: str | None = None, source: str | None = None) -> tuple[Rule, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align_kit import cards
 from align_kit.clean import rules
+from align_kit.clean.chain import NO_LINE
 from align_kit.clean.cleaning import EXACT, NEAR, Cleaning, Found
 from align_kit.clean.measures import STOP_WORDS
 from align_kit.clean.options import Asked
@@ -40,18 +41,26 @@ def _in_order(asked: Asked) -> Iterator[tuple[str, str, str]]:
     yield from (("screening", rule, "") for rule in ("licence", "blocked source", "copyright notice"))
     yield from (("harmful", index.name, "") for index in plan.harmful)
     yield "language", f"not {plan.language}", ""
-    bounds: dict[str, dict[str, None]] = {}  # sources may be held to different ones
-    for rule in (rule for of_source in plan.rules for rule in of_source):
-        bounds.setdefault(f"{rule.set}.{rule.name}", {})[rule.bounds] = None
-    yield from (("quality", name, " / ".join(asks)) for name, asks in bounds.items())
+    yield "quality", NO_LINE, ""
+    yield from (("quality", name, asks) for name, asks in _asked_for(asked, cuts=False))
     yield from (("pair", rule, "") for rule in ("chosen is rejected", "chosen nearly rejected"))
     yield from (("decontamination", index.name, f"runs of {RUN} words") for index in plan.against)
     yield from (("duplicates", EXACT, ""), ("duplicates", NEAR, f"Jaccard at least {plan.threshold:g}"))
 
 
+def _asked_for(asked: Asked, *, cuts: bool) -> list[tuple[str, str]]:
+    """Return each rule for texts, or for lines, with its bounds: sources may be held to different ones."""
+    bounds: dict[str, dict[str, None]] = {}
+    for rule in (rule for of_source in asked.plan.rules for rule in of_source if rule.cuts == cuts):
+        bounds.setdefault(rule.full_name, {})[rule.bounds] = None
+    return [(name, " / ".join(asks)) for name, asks in bounds.items()]
+
+
 def remarks(found: Found, asked: Asked, seconds: float, workers: int) -> list[str]:
     """Return what is to be said beside the table: personal data, notices, twins across sources, doubts, the speed."""
     said = []
+    if found.cut:
+        said.append(f"lines cut out of texts: {_cut_lines(found.cut)}")
     if found.personal:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.personal.items()))
         said.append(f"personal data replaced: {counts}")
@@ -65,11 +74,17 @@ def remarks(found: Found, asked: Asked, seconds: float, workers: int) -> list[st
     return said
 
 
+def _cut_lines(counted: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} by {rule}" for rule, count in sorted(counted.items()))
+
+
 def _doubts(found: Found, asked: Asked) -> Iterator[str]:
     """Yield why a user might not want what the rules did."""
     plan = asked.plan
     if plan.language is not None and plan.language not in STOP_WORDS:
         yield f"no stop words are known for {plan.language}; the rule gopher.stop_words was not applied"
+    if plan.kind != "text" and _asked_for(asked, cuts=True):
+        yield f"rules that cut lines out are for texts: none was applied to rows of {plan.kind}"
     for step, rule, _ in _in_order(asked):
         dropped = found.dropped[step, rule]
         if step != "quality" or dropped <= _MANY * found.rows:
@@ -83,6 +98,11 @@ def made_set(name: str, found: Found, asked: Asked, command: Sequence[str], seed
     plan, sources = asked.plan, asked.sources
     licences = dict.fromkeys(licence for source in sources for licence in source.licences)
     filters = [
+        {"name": "lines", "rule": rule, "dropped": 0, "cut": found.cut[rule], "threshold": asks}
+        for rule, asks in _asked_for(asked, cuts=True)
+        if found.cut[rule]
+    ]
+    filters += [
         {"name": step, "rule": rule, "dropped": found.dropped[step, rule], **({"threshold": asks} if asks else {})}
         for step, rule, asks in _in_order(asked)
         if found.dropped[step, rule] and step != "decontamination"
@@ -135,6 +155,7 @@ def figures(work: Cleaning, asked: Asked) -> dict[str, Any]:
             for step, rule, asks in _in_order(asked)
             if (count := found.dropped[step, rule])
         ],
+        "would_cut": dict(sorted(found.cut.items())),
         "sets_of_rules": {rule.set: rules.cited(rule.set) for of_source in asked.plan.rules for rule in of_source},
         "personal_data": dict(sorted(found.personal.items())),
         "copyright_notices": found.notices,
@@ -190,6 +211,8 @@ def page(found: dict[str, Any]) -> str:
     ]
     said += ["Each rule by itself (a row may break several):", ""]
     said += [_markdown(("step", "rule", "asks", "rows", "share"), drops) if drops else "no rule would drop a row.", ""]
+    if found["would_cut"]:
+        said.append(f"- lines that would be cut out: {_cut_lines(found['would_cut'])}")
     personal = ", ".join(f"{count:,} {kind}" for kind, count in found["personal_data"].items()) or "none found"
     said.append(f"- personal data: {personal}")
     said.append(f"- copyright notices: {found['copyright_notices']:,} rows")

@@ -22,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from align_kit import __version__, cards
-from align_kit.cards import Block, Made, Origin
+from align_kit.cards import Block, Filter, Made, Origin
 from align_kit.cards.licences import on_the_hub
 from align_kit.data import shapes
 from align_kit.data.chains import chain_of
@@ -45,7 +45,7 @@ class MadeSet:
     so does `reason_template`, for format `reason` where its marks are not the usual ones.
     `sections`: a datasheet heading (`cards.HEADINGS`) -> Markdown; what is missing is written from the rest.
     `stats`: name -> number, or split -> number; `rows` and `characters` are counted here.
-    `filters`: {name, rule, threshold, dropped}; `decontamination`: {against, n, dropped}; `pii`: kind -> replaced.
+    `filters`: {name, rule, threshold, dropped, cut}; `decontamination`: {against, n, dropped}; `pii`: kind -> replaced.
     `made`: {command: words, seed, from: [{card or file, split, digest, rows}]} and free facts of one value each.
     """
 
@@ -334,9 +334,13 @@ def _origin(source: Origin) -> str:
     return ", ".join(said)
 
 
+def _done_by(row: Filter) -> str:
+    return f"{row.dropped:,} rows dropped" if row.cut is None else f"{row.cut:,} lines cut out"
+
+
 def _preprocessing(block: Block) -> str:
     said = [f"- {row.name}{f' ({row.rule})' if row.rule else ''}"
-            f"{'' if row.threshold is None else f', threshold {row.threshold}'}: {row.dropped:,} rows dropped."
+            f"{'' if row.threshold is None else f', threshold {row.threshold}'}: {_done_by(row)}."
             for row in block.filters]  # fmt: skip
     said += [f"- Runs of {row.n} words shared with {row.against}: {row.dropped:,} rows dropped."
              for row in block.decontamination]  # fmt: skip

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from align_kit import machine
-from align_kit.doctor import limits
+from align_kit import control_groups, machine
 from align_kit.doctor.finding import BAD, NOTE, WARN, Finding, ok
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -24,16 +23,12 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
-def memory(ranks: int, process: Path = limits.PROCESS) -> Finding:
+def memory(ranks: int, process: Path = control_groups.PROCESS) -> Finding:
     """Is there memory for the ranks before any model is in them?"""
-    import psutil
-
-    seen, allowed = psutil.virtual_memory(), limits.read(process)
-    total, left = seen.total, seen.available
-    what = f"{_gib(left)} of {_gib(total)} free"
-    if allowed.memory is not None and allowed.memory < total and allowed.memory_left is not None:
-        left = min(left, allowed.memory_left)
-        what = f"{_gib(left)} free of the {_gib(allowed.memory)} that the control group allows ({_gib(total)} in all)"
+    found = machine.memory(process)
+    left, what = found.left, f"{_gib(found.left)} of {_gib(found.total)} free"
+    if found.group:
+        what = f"{_gib(left)} free of the {_gib(found.total)} that the control group allows"
     need = f"{ranks} x {_gib(RANK_MEMORY)} go to the ranks before any model"
     if left < ranks * RANK_MEMORY:
         return Finding(BAD, f"{what}; {need}", "stop other processes, take fewer ranks, or raise the limit")
@@ -42,9 +37,9 @@ def memory(ranks: int, process: Path = limits.PROCESS) -> Finding:
     return ok(f"{what}; {need}")
 
 
-def cores(environ: Mapping[str, str], ranks: int, process: Path = limits.PROCESS) -> Finding:
+def cores(environ: Mapping[str, str], ranks: int, process: Path = control_groups.PROCESS) -> Finding:
     """May this process use the cores it sees, and do the ranks' threads fit them?"""
-    mine, there, quota = machine.cores(), os.cpu_count() or 1, limits.read(process).cores
+    mine, there, quota = machine.cores(), os.cpu_count() or 1, control_groups.read(process).cores
     what = f"{mine} of {there} cores by affinity" if mine < there else f"{mine} cores"
     if quota is not None and quota < mine:
         threads = max(1, int(quota) // ranks)
@@ -72,10 +67,10 @@ def open_files() -> Finding:
     return Finding(state, f"only {soft} for a process", remedy)
 
 
-def threads(ranks: int, process: Path = limits.PROCESS) -> Finding:
+def threads(ranks: int, process: Path = control_groups.PROCESS) -> Finding:
     """May the ranks start as many threads as they will?"""
     need, (soft, _) = ranks * (THREADS_OF_RANK + machine.cores()), resource.getrlimit(resource.RLIMIT_NPROC)
-    left = limits.read(process).processes_left
+    left = control_groups.read(process).processes_left
     what = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} processes and threads of this user"
     if left is not None:
         what = f"{what}, {left:,} more in the control group"

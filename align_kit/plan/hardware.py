@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from align_kit import machine
 from align_kit.errors import UserError, unknown
 from align_kit.plan.facts import BYTES
 
@@ -136,10 +137,8 @@ def _made(name: str, entry: Mapping[str, Any], prices_file: str | None) -> Hardw
 
 def _measured(name: str, memory: int | None) -> Hardware:
     """Return a machine by what it does here: ranks of a CPU share its memory (`memory` None) and talk through it."""
-    import psutil
-
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = psutil.virtual_memory().total // ranks
+    share = machine.memory().total // ranks
     copied = _copy_rate()
     return Hardware(
         name=name,

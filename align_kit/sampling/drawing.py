@@ -93,12 +93,10 @@ def _places(work: Work, most: int) -> list[Place]:
 
 def _fitting(model: str) -> int:
     """Return how many copies of a model's weights, in fp32, half of the free memory holds; at least one."""
-    import psutil
-
     found = source.resolve(model, option="the model")
     folders = {found.folder, found.weights.folder}
     stored = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-    return max(1, int(psutil.virtual_memory().available / 2 // (2 * stored or 1)))  # 2: most are stored in 16 bits
+    return max(1, int(machine.memory().left / 2 // (2 * stored or 1)))  # 2: most are stored in 16 bits
 
 
 # --- the workers ----------------------------------------------------------------------------------------------------

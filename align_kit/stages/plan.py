@@ -292,10 +292,9 @@ def _attempted(weigh: Weigh, limits: Limits) -> tuple[Planned, str | None]:
 
 def _free() -> Limits:
     """Return what is free now on the rank that has least, and on the node that has least."""
-    import psutil
     import torch
 
-    host = psutil.virtual_memory().available
+    host = machine.memory().left
     if torch.cuda.is_available():
         devices, hosts = zip(*gather((torch.cuda.mem_get_info()[0], host)), strict=True)
         return Limits(min(devices), min(hosts))
