@@ -109,6 +109,23 @@ def test_what_a_model_brings_for_chatting_is_left_aside(model: Path, asked: Path
     assert mine.generation_config is brought
 
 
+def test_a_space_that_decoding_drops_is_part_of_the_completion() -> None:
+    """Tokenizers in SentencePiece's manner write a space before a word and drop the first one they decode."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from align_kit.models.completion import Completion
+    from align_kit.models.generate import _read
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "\u2581It": 1, "\u2581is": 2, "\u25814": 3, "2": 4}, unk_token="</s>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    prompt = tokenizer("It is").input_ids
+    assert tokenizer.decode([3, 4]) == "42" and prompt == [1, 2]
+    assert _read(tokenizer, prompt, [3, 4, 0, 0], [0], True) == Completion(" 42", 3, True, False)
+    assert _read(tokenizer, prompt, [3, 4], [0], False) == Completion(" 42", 2, False, False)
+
+
 def test_nothing_outside_the_nucleus_is_drawn(model: Path, asked: Path, tmp_path: Path) -> None:
     import torch
 
