@@ -105,6 +105,8 @@ def header(
     log.say(f"  labels     {rows.labels}")
     for line in dict.fromkeys(line for split in splits for line in split.mixture()):
         log.say(f"  mixture    {line}")
+    if weights := rows.train.weights():
+        log.say(f"  weights    {weights}")
     for line in dict.fromkeys(line for split in splits for line in split.warnings):
         log.warn(line)
     log.say(f"  forward    {forward.mode}: {forward.why}")

@@ -41,13 +41,13 @@ def test_loss_is_the_papers(found: list[tuple[float, float]], center: float) -> 
         high = max(chosen, rejected)
         expected += high + math.log(math.exp(chosen - high) + math.exp(rejected - high)) - chosen
         expected += center * (chosen + rejected) ** 2
-    total, items = reward_loss(*sides(found), center=center)
-    assert float(total) == pytest.approx(expected, rel=1e-9, abs=1e-9) and items == len(found)
+    loss_B = reward_loss(*sides(found), center=center)
+    assert float(loss_B.sum()) == pytest.approx(expected, rel=1e-9, abs=1e-9) and len(loss_B) == len(found)
 
 
 def test_equal_scores_are_a_coin() -> None:
-    total, items = reward_loss(torch.zeros(3), torch.zeros(3), center=5.0)
-    assert float(total) == pytest.approx(3 * math.log(2)) and items == 3
+    loss_B = reward_loss(torch.zeros(3), torch.zeros(3), center=5.0)
+    assert loss_B.tolist() == pytest.approx([math.log(2)] * 3)
 
 
 @given(st.floats(-1e4, 1e4), st.sampled_from([0.0, 0.01]))
@@ -55,7 +55,7 @@ def test_gradient_is_the_papers_and_finite(margin: float, center: float) -> None
     """d loss / d chosen = -sigmoid(-margin) + 2 center (chosen + rejected), whatever the margin, in fp32."""
     chosen_B = torch.tensor([margin], requires_grad=True)
     rejected_B = torch.zeros(1, requires_grad=True)
-    reward_loss(chosen_B, rejected_B, center=center).total.backward()
+    reward_loss(chosen_B, rejected_B, center=center).sum().backward()
     wrong = 1 / (1 + math.exp(min(margin, 700)))
     for side_B, sign in ((chosen_B, -1), (rejected_B, 1)):
         assert float(side_B.grad) == pytest.approx(sign * wrong + 2 * center * margin, rel=1e-4, abs=1e-6)  # type: ignore[arg-type]
@@ -64,22 +64,22 @@ def test_gradient_is_the_papers_and_finite(margin: float, center: float) -> None
 def test_centring_fixes_the_constant_and_nothing_else() -> None:
     """Scores moved by a constant cost the same without it; with it, least where their sum is 0."""
     chosen_B, rejected_B = torch.tensor([1.0]), torch.tensor([-1.0])
-    moved = [float(reward_loss(chosen_B + by, rejected_B + by, center=0.1).total) for by in (-2.0, 0.0, 2.0)]
-    plain = [float(reward_loss(chosen_B + by, rejected_B + by).total) for by in (-2.0, 0.0, 2.0)]
+    moved = [float(reward_loss(chosen_B + by, rejected_B + by, center=0.1).sum()) for by in (-2.0, 0.0, 2.0)]
+    plain = [float(reward_loss(chosen_B + by, rejected_B + by).sum()) for by in (-2.0, 0.0, 2.0)]
     assert plain == pytest.approx([plain[0]] * 3) and moved[1] == min(moved) == pytest.approx(plain[0])
 
 
 def test_half_precision_scores_are_widened() -> None:
     chosen_B, rejected_B = sides([(1000.0, 999.0)], torch.bfloat16)
-    assert reward_loss(chosen_B, rejected_B).total.dtype == torch.float32
+    assert reward_loss(chosen_B, rejected_B).sum().dtype == torch.float32
 
 
 def test_a_batch_of_repeats_gives_zeros_and_a_gradient() -> None:
     """Nothing that counts: the graph must still reach the model, which runs for the other ranks' sake."""
     chosen_B = torch.ones(2, requires_grad=True)
-    total, items = reward_loss(chosen_B[:0], torch.ones(0), center=0.1)
+    total = reward_loss(chosen_B[:0], torch.ones(0), center=0.1).sum()
     total.backward()
-    assert total.item() == 0 and items == 0 and chosen_B.grad is not None and not chosen_B.grad.any()
+    assert total.item() == 0 and chosen_B.grad is not None and not chosen_B.grad.any()
     tallies = {**reward_metrics(chosen_B[:0], torch.ones(0)), **calibration_tallies(chosen_B[:0], torch.ones(0))}
     assert all(total == 0 and count == 0 for total, count in tallies.values())
 
@@ -137,6 +137,6 @@ def test_batches_add_up(found: list[tuple[float, float]], cut: int) -> None:
 
 def test_a_broken_score_shows() -> None:
     chosen_B = torch.tensor([float("nan"), 1.0])
-    assert math.isnan(float(reward_loss(chosen_B, torch.zeros(2)).total))
+    assert math.isnan(float(reward_loss(chosen_B, torch.zeros(2)).sum()))
     gaps = {name: float(tally.mean) for name, tally in calibration_tallies(chosen_B, torch.zeros(2)).items()}
     assert math.isnan(calibration_error(gaps))

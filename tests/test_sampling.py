@@ -117,7 +117,8 @@ def test_a_space_that_decoding_drops_is_part_of_the_completion() -> None:
     from align_kit.models.completion import Completion
     from align_kit.models.generate import _read
 
-    words = Tokenizer(models.WordLevel({"</s>": 0, "\u2581It": 1, "\u2581is": 2, "\u25814": 3, "2": 4}, unk_token="</s>"))
+    known = {"</s>": 0, "\u2581It": 1, "\u2581is": 2, "\u25814": 3, "2": 4}
+    words = Tokenizer(models.WordLevel(known, unk_token="</s>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     prompt = tokenizer("It is").input_ids

@@ -18,6 +18,7 @@ from align_kit.card_commands import Parser
 from align_kit.card_commands.rows import file_rows, is_here
 from align_kit.cards import Card
 from align_kit.cards.licences import address
+from align_kit.data import weights
 from align_kit.data.shapes import KIND_COLUMNS, Row
 from align_kit.errors import UserError
 
@@ -145,11 +146,12 @@ def _records(card: Card, split: str, home: Path | None) -> dict[str, Any]:
 
 def _columns(card: Card, rows: Sequence[Row]) -> dict[str, str]:
     """Return field -> column: those the card names, else those of the file, else those of the format."""
-    if card.block.columns:
-        return card.block.columns
+    named = card.block.columns
+    if set(named) - {weights.COLUMN}:
+        return named
     kind = cards.FORMAT_KINDS[card.block.format][0]
     known = list(rows[0]) if rows else _FILE_COLUMNS.get(card.block.format, KIND_COLUMNS[kind])
-    return {name: name for name in known}
+    return {name: name for name in known if name not in named.values()} | named
 
 
 def _value(rows: Sequence[Row], name: str, column: str) -> Any:

@@ -22,7 +22,7 @@ from align_kit.clean.rules import Rule, broken, cut
 from align_kit.clean.screen import Screen
 from align_kit.clean.source import Batch, Raw, Source
 from align_kit.clean.words import row_digest, tokens
-from align_kit.data import read, shapes
+from align_kit.data import read, shapes, weights
 from align_kit.data.shapes import KIND_COLUMNS, Row
 from align_kit.errors import UserError
 
@@ -259,11 +259,11 @@ def _pass_on(plan: Plan, items: Sequence[Item], judged: Judged) -> None:
     for item in items:
         if plan.mask:
             item.row = masked(item.row, judged.personal)
-    own = KIND_COLUMNS[plan.kind]
+    own, beside = KIND_COLUMNS[plan.kind], {*plan.columns, weights.COLUMN}
     judged.numbers = [item.number for item in items]
     judged.lines = [encoded(item.row) for item in items]
     judged.digests = b"".join(
-        row_digest({name: value for name, value in item.row.items() if name in own or name not in plan.columns})
+        row_digest({name: value for name, value in item.row.items() if name in own or name not in beside})
         for item in items
     )
     if plan.near and items:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_kit.data import weights
 from align_kit.data.origins import COLUMN
 
 Row = dict[str, Any]
@@ -101,13 +102,18 @@ class BinaryCollator:
 
 @dataclass(frozen=True)
 class SourcedCollator:
-    """Adds to the batches of another collator what its rows are of each source, `source_parts`: B rows, S sources."""
+    """Adds to the batches of another collator what its rows are of each source, `source_parts`: B rows, S sources.
+
+    And what they weigh, `weight`: float32 of shape B, where they do.
+    """
 
     inner: Callable[[Sequence[Row]], Batch]
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return the batch of `rows`, as it is where the rows do not know their source."""
         batch = self.inner(rows)
+        if weights.COLUMN in rows[0]:
+            batch[weights.COLUMN] = torch.tensor([row[weights.COLUMN] for row in rows], dtype=torch.float32)
         if COLUMN in rows[0]:
             batch[COLUMN] = torch.tensor([row[COLUMN] for row in rows])
         return batch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from align_kit import cards
 from align_kit.cards import Card
-from align_kit.data import read, shapes
+from align_kit.data import read, shapes, weights
 from align_kit.data.digest import rows_digest
 from align_kit.data.mix import mix, train_test
 from align_kit.data.mixture import MIXTURE_KEYS, Asked, SourceReport, figures, resolve
@@ -130,12 +130,13 @@ def to_dataset(kind: str, rows: Sequence[Row]) -> Dataset:
     from datasets import Dataset, Features, Json, Value
 
     names = list(shapes.KIND_COLUMNS[kind])
-    beside = (*shapes.CARRIED, "answer", "reason_template")
+    beside = (*shapes.CARRIED, "answer", "reason_template", weights.COLUMN)
     names += [name for name in beside if any(name in row for row in rows)]
+    numbers = {"label": Value("bool"), weights.COLUMN: Value("float64")}
     features = {}
     for name in names:
         texts = all(isinstance(row.get(name), (str, type(None))) for row in rows)
-        features[name] = Value("bool") if name == "label" else Value("string") if texts else Json()
+        features[name] = numbers.get(name) or (Value("string") if texts else Json())
     columns = {name: [row.get(name) for row in rows] for name in names}
     return Dataset.from_dict(columns, features=Features(features))
 

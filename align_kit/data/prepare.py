@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit.data import health, load, mixture, store
+from align_kit.data import health, load, mixture, store, weights
 from align_kit.data.origins import Origins
 from align_kit.data.report import TokeniseOptions, TokeniseReport
 from align_kit.data.tokenise import tokenise
@@ -72,6 +72,10 @@ class Split:
         """Return a line for each source of a mixture: asked and realised share, epochs, rows never seen."""
         return mixture.lines(self.account["sources"])
 
+    def weights(self) -> str | None:
+        """Return a line on how much rows count, None where all count the same."""
+        return weights.sentence(self.rows)
+
     def source_names(self) -> list[str]:
         """Return a name for each source: its path, with the split where another source has that path too."""
         paths = [one["path"] for one in self.account["sources"]]
@@ -121,6 +125,8 @@ def given(wanted: Wanted) -> dict[str, Given]:
         train, held_out = load.train_test(train, wanted.test_split_size, wanted.seed)
     if wanted.evaluate and held_out is None:
         raise UserError("eval_strategy asks for evaluation; give eval_datasets or test_split_size")
+    if held_out is not None and weights.COLUMN in held_out.column_names:
+        held_out = held_out.remove_columns(weights.COLUMN)
     found = {"train": Given(train, loaded.as_dict(), _origins(loaded, wanted))}
     return found | ({} if held_out is None else {"eval": Given(held_out, held_out_account)})
 

@@ -5,6 +5,7 @@ reason are shapes of files only. `tools` and `chat_template_kwargs` travel with 
 
 A chain of thought (`reason`) is joined to its answer in a completion that is a string; in one of messages it stands
 beside it as `reasoning_content`, and the row names the `reason_template` to join them by where it is not the usual one.
+A pair or a labelled completion has its `weight` where `columns` names one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align_kit.cards import FORMAT_KINDS, PHASE_KINDS, Block
+from align_kit.data import weights
 from align_kit.data.chains import completion_of, trace_of
 from align_kit.data.reason import DEFAULT_TEMPLATE, ReasonTemplate, Trace
 from align_kit.data.turns import as_turns, boolean, conversation, decoded, string, turns_of
@@ -108,7 +110,9 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
     kind = ""
     for number, row in enumerate(rows, start=1):
         try:
-            row_kind, canonical = reader(_Picker(row, shape, reason))
+            picker = _Picker(row, shape, reason)
+            row_kind, canonical = reader(picker)
+            canonical |= _weight(picker, row_kind)
         except _Missing as missing:
             raise UserError(f"{where}, row {number}: {missing.text(row)}") from None
         except (UserError, ValueError) as error:
@@ -120,17 +124,19 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
 
 
 def kept_apart(kind: str, sources: Sequence[Shape], beside: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the `format` that canonical rows of all `sources` are written in, and its `reason_template`.
+    """Return the `format` that canonical rows of all `sources` are written in, its `reason_template` and `columns`.
 
     That is their kind. Where all are traces by one template they stay traces, for a canonical row is one, too, unless
     it is to keep columns `beside` its own that would be read as the parts of another trace.
     """
+    weighed = any(weights.COLUMN in shape.columns for shape in sources)
+    found: dict[str, Any] = {"columns": {weights.COLUMN: weights.COLUMN}} if weighed else {}
     templates = {shape.trace_template.text for shape in sources}
     all_traces = all(shape.format == "reason" for shape in sources) and not set(beside) & set(_TRACE_COLUMNS)
     if not all_traces or len(templates) > 1:
-        return {"format": kind}
+        return {"format": kind, **found}
     (text,) = templates
-    return {"format": "reason", "reason_template": None if text == DEFAULT_TEMPLATE else text}
+    return {**found, "format": "reason", "reason_template": None if text == DEFAULT_TEMPLATE else text}
 
 
 def usable(kind: str, phase: str, where: str, columns: Sequence[str] = ()) -> None:
@@ -230,6 +236,15 @@ class _Picker:
     def extra(self, name: str) -> Row:
         value = self.get(name)
         return {} if value is None else {name: value}
+
+
+def _weight(pick: _Picker, kind: str) -> Row:
+    """Return the row's weight, where the source names a column for it."""
+    if weights.COLUMN not in pick.columns:
+        return {}
+    if kind not in weights.KINDS:
+        raise ValueError(f"columns names a weight, which rows of {' and '.join(weights.KINDS)} have, not of {kind}")
+    return weights.weight_of(pick(weights.COLUMN))
 
 
 def _text(pick: _Picker) -> tuple[str, Row]:

@@ -32,9 +32,9 @@ def fetch(
 ) -> tuple[Dataset, dict[str, Any], bool]:
     """Return (rows, report, whether it was there already) of `entry`, building it where it is missing or damaged.
 
-    `columns` maps names to `ids`, `mask`, `logps`, `bool` or `json`. `build` is given a function that appends a batch
-    of columns and returns the report. Other processes on this machine wait for the one that builds; raises UserError
-    when the folder cannot be written.
+    `columns` maps names to `ids`, `mask`, `logps`, `bool`, `number` or `json`. `build` is given a function that appends
+    a batch of columns and returns the report. Other processes on this machine wait for the one that builds; raises
+    UserError when the folder cannot be written.
     """
     from filelock import FileLock
 
@@ -111,6 +111,7 @@ def _schema(columns: dict[str, str]) -> pa.Schema:
         "mask": List(Value("int8")),
         "logps": List(Value("float32")),
         "bool": Value("bool"),
+        "number": Value("float64"),
         "json": Json(),
     }
     schema = Features({name: kinds[kind] for name, kind in columns.items()}).arrow_schema

@@ -2,7 +2,7 @@
 
 Language rows: `{"input_ids", "loss_mask"}`; preference: `{"prompt_ids", "chosen_ids", "rejected_ids"}`; binary:
 `{"prompt_ids", "completion_ids", "label"}`; prompt: `{"prompt_ids", "prompt", "answer"}`, the last two as they were
-given (a string or messages; None where there is no answer). Lengths are tokens.
+given (a string or messages; None where there is no answer). Lengths are tokens. Rows that were weighed have a `weight`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_kit.data import health, store
+from align_kit.data import health, store, weights
 from align_kit.data.digest import canonical_json, rows_digest, text_digest
 from align_kit.data.origins import COLUMN, Origins, Spans
 from align_kit.data.render import Ids, Renderer, Row
@@ -53,6 +53,7 @@ def tokenise(
     key = cache_key(dataset, kind, tokenizer, options)
     place = key if origins is None else origins.key(key)
     columns = _COLUMNS[kind] | ({} if origins is None else {COLUMN: "ids"})
+    columns |= {weights.COLUMN: "number"} if weights.COLUMN in dataset.column_names else {}
 
     def build(write: Callable[[dict[str, list[Any]]], None]) -> dict[str, Any]:
         report = TokeniseReport(kind=kind, rows_in=len(dataset), digest=key, place=place)
@@ -135,6 +136,8 @@ def _made(
         health.inspect(rows, kind, renderer, report, seen)
         renderer.count_control(rows, report)
         tokenised = make(rows, renderer, options, report)
+        if weights.COLUMN in batch:
+            tokenised = weights.attached(tokenised, batch[weights.COLUMN])
         yield [row for row in (origins.attached(tokenised, start) if origins else tokenised) if row is not None]
 
 

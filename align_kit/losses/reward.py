@@ -18,8 +18,8 @@ from align_kit.losses.language import Tally, widened
 CALIBRATION_BINS = tuple(f"calibration/{place}" for place in range(10))
 
 
-def reward_loss(chosen_B: Tensor, rejected_B: Tensor, *, center: float = 0.0) -> Tally:
-    """Return the negative log-likelihood of the pairs' order (nats) summed over the pairs, and their number.
+def reward_loss(chosen_B: Tensor, rejected_B: Tensor, *, center: float = 0.0) -> Tensor:
+    """Return the negative log-likelihood of the order of each pair (nats), shape B.
 
     P(chosen over rejected) = sigmoid(margin): Bradley and Terry 1952; as a loss, Ouyang 2022 (arXiv 2203.02155), eq. 1.
     The order fixes scores up to a constant; `center` times the squared sum of a pair's scores pulls that to 0
@@ -29,7 +29,7 @@ def reward_loss(chosen_B: Tensor, rejected_B: Tensor, *, center: float = 0.0) ->
     loss_B = -logsigmoid(chosen_B - rejected_B)
     if center:
         loss_B = loss_B + center * (chosen_B + rejected_B).square()
-    return _tally(loss_B)
+    return loss_B
 
 
 def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, Tally]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from align_kit import log
+from align_kit.data import weights
 from align_kit.data.digest import rows_digest
 from align_kit.data.made import MadeSet, check_free, write_made
 from align_kit.data.shapes import Row
@@ -187,6 +188,8 @@ def _made(studied: Studied, given: argparse.Namespace, words: Sequence[str]) -> 
         {"name": step.name, "rule": step.rule, "threshold": step.threshold, "dropped": step.dropped}
         for step in studied.decision.steps
     ]
+    by_weight = given.weight_by and not given.resample and found["kind"] in weights.KINDS
+    weighed = {weights.COLUMN: weights.COLUMN} if by_weight else {}
     facts = {"alpha": (found.get("agreement") or {}).get("alpha"), "reward_model": studied.scorer}
     return MadeSet(
         name=given.name or given.output.resolve().name,
@@ -194,7 +197,7 @@ def _made(studied: Studied, given: argparse.Namespace, words: Sequence[str]) -> 
         licences=source.licences or ("unknown",),
         phases=card.phases if card else PHASES[found["kind"]],
         format=source.shape.format,
-        columns=source.shape.columns,
+        columns=source.shape.columns | weighed,
         prompt_template=source.shape.prompt_template,
         reason_template=source.shape.reason_template,
         checker=card.checker if card else None,

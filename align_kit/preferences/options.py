@@ -68,8 +68,10 @@ def _ask_for_figures(parser: argparse.ArgumentParser) -> None:
 def _ask_for_filters(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--agreement", type=_share, metavar="X", help="drop rows of which less than this share of votes agree, 0 to 1")
-    add("--weight-by", choices=["agreement"], help="write that share as a column `weight`; no phase reads it by itself")
-    add("--resample", action="store_true", help="keep rows by chance, in proportion to their weight")
+    add("--weight-by", choices=["agreement"], help="write that share as a column `weight`, by which "
+        "reward, dpo, orpo and kto count a row in their loss")  # fmt: skip
+    add("--resample", action="store_true", help="keep rows by chance, in proportion to their weight, instead of "
+        "counting them by it")  # fmt: skip
     add("--drop-ties", action="store_true", help="drop rows without a most common vote, or with equal scores")
     add("--reward-margin", type=_finite, metavar="X", help="drop pairs whose chosen side is not scored higher by X")
     add("--max-length-ratio", type=_ratio, metavar="X", help="drop pairs with a side more than X times as long")

@@ -23,6 +23,7 @@ from align_kit import log
 from align_kit.data.balance import balance, row_tokens
 from align_kit.data.collate import SourcedCollator
 from align_kit.data.origins import COLUMN as SOURCE_PARTS
+from align_kit.data.weights import mean_weight, summed
 from align_kit.forward.logprobs import TokenLogps, token_logps
 from align_kit.frozen import Frozen
 from align_kit.models.load import disable_dropout
@@ -110,6 +111,8 @@ class PhaseTrainer(ResumedTrainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
         self.frozen = dict(frozen or {})
         self.tallies = Tallies()
+        rows = self.train_dataset
+        self.mean_weight = None if rows is None else mean_weight(rows)  # of rows that have a weight
         self.source_names: Sequence[str] = ()  # of a mixture, in the order of its rows' `source_parts`
         self.router_coefficient = router_coefficient(args, self.model)
         self._router_loss: Tensor | None = None  # of the micro-batch at hand
@@ -175,12 +178,16 @@ class PhaseTrainer(ResumedTrainer):
         """Return `token_logps` of the model that is trained, for `batch_loss`; what its routers owe is charged."""
         return self.charging(token_logps(model, batch, routers=self.router_coefficient != 0, **asked))
 
+    def weighed(self, loss_B: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return the losses of a batch's first rows summed, each counting by its row's weight where it has one."""
+        return summed(loss_B, batch, self.mean_weight)
+
     def charging(self, tokens: TokenLogps) -> TokenLogps:
         """Let what the routers owe for these tokens be charged to the micro-batch at hand."""
         self._router_loss = tokens.router_loss
         return tokens
 
-    def counts(self, batch: Mapping[str, Any]) -> list[int]:
+    def counts(self, batch: Mapping[str, Any]) -> Sequence[float]:
         """Return what the step is normalised by; the first is the number of items (trained tokens, or pairs)."""
         raise NotImplementedError
 

@@ -33,9 +33,10 @@ class Paired(PhaseTrainer):
     def collator(tokenizer: Any, args: Any) -> PreferenceCollator:
         return PreferenceCollator(tokenizer.pad_token_id, getattr(args, "pad_to_multiple_of", None))
 
-    def counts(self, batch: Mapping[str, Any]) -> list[int]:
-        """Return the pairs of a batch, and their chosen tokens (what a likelihood term is a mean over)."""
-        return [batch["keep"], int(batch["loss_mask"][: batch["keep"], 1:].sum())]
+    def counts(self, batch: Mapping[str, Any]) -> list[float]:
+        """Return the pairs of a batch, and their chosen tokens by weight (what a likelihood term is a mean over)."""
+        tokens_B = batch["loss_mask"][: batch["keep"], 1:].sum(1)
+        return [batch["keep"], float(self.weighed(tokens_B.float(), batch))]
 
     def evaluation_sums(self, batches: Iterable[Mapping[str, Any]]) -> Tensor:
         """Return the `counts` of the whole evaluation set, over all ranks."""
@@ -74,7 +75,7 @@ class DPO(Paired):
         both = _pairs(policy, reference, pairs, keep)
         output = dpo_loss(both, tokens_per_pair=_tokens_per_pair(step), **self.options)
         metrics = {**preference_metrics(output), **accuracy(policy.rows(0, keep))}
-        return BatchLoss(output.loss_B.sum(), keep, metrics)
+        return BatchLoss(self.weighed(output.loss_B, batch), keep, metrics)
 
     _metric_names = (
         "rewards/chosen",
@@ -111,7 +112,7 @@ class ORPO(Paired):
             beta=self.args.beta,
             tokens_per_pair=_tokens_per_pair(step),
         )
-        return BatchLoss(output.loss_B.sum(), keep, orpo_metrics(output))
+        return BatchLoss(self.weighed(output.loss_B, batch), keep, orpo_metrics(output))
 
 
 def _tokens_per_pair(step: Tensor | None) -> Tensor:

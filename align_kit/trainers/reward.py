@@ -33,11 +33,11 @@ class Reward(PhaseTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any], step: Tensor | None) -> BatchLoss:
         chosen_B, rejected_B = (side_B[: batch["keep"]] for side_B in sequence_scores(model, batch).chunk(2))
-        loss = reward_loss(chosen_B, rejected_B, center=self.center)
+        loss_B = reward_loss(chosen_B, rejected_B, center=self.center)
         metrics = reward_metrics(chosen_B, rejected_B)
         if step is None:  # an evaluation
             metrics |= calibration_tallies(chosen_B, rejected_B)
-        return BatchLoss(loss.total, loss.items, metrics)
+        return BatchLoss(self.weighed(loss_B, batch), len(loss_B), metrics)
 
     def answers(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what the head reads: a fresh head of zeros would give the same score to anything."""

@@ -75,7 +75,8 @@ class KTO(PhaseTrainer):
         assert step is not None, "the trainer tells the sums of the whole step, and of the whole evaluation"
         baseline = baseline_of(step[1], step[0]).to(policy_B.device)
         output = kto_loss(policy_B, reference_B, batch["label"][:keep], baseline=baseline, **self.options)
-        return BatchLoss(output.loss_B.sum(), keep, {**kto_metrics(output), "kl": (baseline * keep, keep)})
+        metrics = {**kto_metrics(output), "kl": (baseline * keep, keep)}
+        return BatchLoss(self.weighed(output.loss_B, batch), keep, metrics)
 
     def counts(self, batch: Mapping[str, Any]) -> list[int]:
         """Return the completions of a batch; each has one mismatched completion."""
