@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align_kit import failures, imports, log, machine, registry, supervised
+from align_kit import failures, imports, log, machine, occupied, registry, supervised
 from align_kit.config import Config, dry_run_text, load
 from align_kit.registry import Recipe
 from align_kit.resources import folder
@@ -49,6 +49,7 @@ def execute(recipe: Recipe, config: Config) -> int:
     with contextlib.ExitStack() as ending:
         args = ending.enter_context(stages.process_group(config, engine, plan))
         recipe.trainer_class().check(args)
+        ending.callback(occupied.release, Path(args.output_dir).expanduser())
         home = stages.open_home(recipe, config, engine, plan, args)
         ending.enter_context(stages.of_a_failure(home))
         ending.enter_context(home.telling_failure())

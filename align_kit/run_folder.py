@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_kit import occupied
 from align_kit.errors import UserError
 from align_kit.scrub import scrubbed
 
@@ -154,11 +155,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def open_folder(output_dir: str, *, resume: str | None, overwrite: bool, first: bool = True) -> RunFolder:
     """Return the folder of a run under the one rule for folders that are not empty: resume, overwrite, or refuse.
 
-    One rank calls it as the `first`: it alone looks, clears and makes the folder. `resume` is "auto" (which checkpoint
-    is for the caller to find) or a checkpoint's folder. Raises `UserError` where the folder cannot be written, is not
-    empty, or holds something else than a run, and where no checkpoint of this run is named.
+    One rank calls it as the `first`: it alone looks, clears and makes the folder, and holds it. `resume` is "auto"
+    (which checkpoint is for the caller to find) or a checkpoint's folder. Raises `UserError` where the folder cannot be
+    written, is not empty, or holds something else than a run, where another process trains in it, and where no
+    checkpoint of this run is named.
     """
     path = Path(output_dir).expanduser()
+    if first and path.is_dir():
+        _hold(path)
     if resume:
         return RunFolder(path, read_manifest(path) or {}, None if resume == "auto" else _named(path, resume))
     if not first:
@@ -167,7 +171,13 @@ def open_folder(output_dir: str, *, resume: str | None, overwrite: bool, first: 
     if replaces:
         _check_replaceable(path, overwrite)
     _check_writable(path)
+    _hold(path)
     return RunFolder(path, {}, replaces=replaces)
+
+
+def _hold(path: Path) -> None:
+    if who := occupied.hold(path):
+        raise UserError(f"{who} trains in output_dir {path}; wait for it or end it, or name another")
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:

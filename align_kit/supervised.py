@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
 import signal
 import struct
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 FOLDER = "ALIGN_KIT_SUPERVISED"  # this attempt's folder
 LAUNCHER = "ALIGN_KIT_LAUNCHER"  # the launcher's process id
@@ -162,6 +163,19 @@ def die_with(launcher: int) -> None:
     """Let the kernel kill this process when its parent ends: a launcher that was killed cannot do it."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != launcher:  # it has ended meanwhile
+    _die_with(launcher, ctypes.CDLL(None))
+
+
+def dying_with_us() -> Callable[[], None] | None:
+    """Return what a child does before it becomes another program, so that it ends with this process (`preexec_fn`)."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    return functools.partial(_die_with, os.getpid(), ctypes.CDLL(None))  # loaded here: the child may be short of locks
+
+
+def _die_with(parent: int, kernel: Any) -> None:
+    kernel.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended meanwhile
         os._exit(1)

@@ -16,7 +16,7 @@ from tests.harness import ROOT
 
 # What lies on each floor, the ground first. A folder is one room: inside it modules import each other.
 FLOORS = (
-    {"control_groups", "errors", "imports", "log", "resources", "scrub", "supervised", "__version__"},
+    {"control_groups", "errors", "imports", "log", "occupied", "resources", "scrub", "supervised", "__version__"},
     {"cards", "config", "failures", "losses", "machine", "run_folder", "zero"},
     {"data", "forward", "models", "report", "telemetry"},
     {"frozen", "checkpoint", "plan", "clean", "preferences"},

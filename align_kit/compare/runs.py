@@ -32,7 +32,10 @@ def launch(words: list[str], output: Path, look: Callable[[], None]) -> int:
     """Run `align-kit launch <words>` with what it prints in a file, call `look` meanwhile, and return its exit code."""
     command = [sys.executable, "-m", "align_kit", "launch", *words]
     with output.open("w") as stream:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            preexec_fn=supervised.dying_with_us(),  # else a run would go on that nobody waits for
+        )  # fmt: skip
         try:
             while process.poll() is None:
                 look()

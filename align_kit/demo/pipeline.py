@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from align_kit import log, run_folder
+from align_kit import log, run_folder, supervised
 from align_kit.data import embedded
 from align_kit.data.embedded import sums
 from align_kit.demo import samples as own
@@ -121,7 +121,7 @@ class Seed:
         words += ["--overwrite"] if output.exists() else []
         words += ["--max_steps", str(scaled_steps(recipe, self.options.scale))] if self.options.scale < 1 else []
         command = [sys.executable, "-m", "align_kit", "launch", "--nproc_per_node", str(self.options.ranks), *words]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, preexec_fn=supervised.dying_with_us())
         if done.returncode == EXIT_CODE:
             raise SystemExit(EXIT_CODE)  # the run has said why
         if done.returncode:
