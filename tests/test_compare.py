@@ -186,6 +186,9 @@ def test_one_factor_and_no_more() -> None:
     with pytest.raises(UserError, match="the same configuration"):
         arms.factor({"a": one, "b": one | {"learning_rate": 1.0}})
     assert arms.factor({"a": one, "b": one | {"learning_rate": 1.0}}, "learning_rate") == ["learning_rate"]
+    two = {**one, "beta": 0.5}
+    with pytest.raises(UserError, match="the arms b and c are the same configuration"):
+        arms.factor({"a": one, "b": two, "c": dict(two)})
 
 
 # --- fairness ---------------------------------------------------------------------------------------------------------
@@ -304,6 +307,47 @@ def test_table_shows_means_and_paired_differences() -> None:
     assert "0.001         | 0.0000 *" in text and "t over 3 seeds" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in tables[:3]}) == 1
+
+
+def held_out(*digests: str) -> list[Ran]:
+    """Return runs of one arm with a seed for each digest, on whose rows each was evaluated."""
+    rows = [{"eval": {"digest": "e", "tokenised": {"digest": digest}}} for digest in digests]
+    lines = [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.0}]
+    return [ran("a", seed, [{**lines[0], "eval_loss": 2.0 + seed}, lines[1]], data=one)
+            for seed, one in enumerate(rows, 1)]  # fmt: skip
+
+
+def test_what_a_seed_draws_is_told_by_the_digests_of_the_rows() -> None:
+    apart, alike = ({"a": held_out("x", other), "b": held_out("x", other)} for other in ("y", "x"))
+    assert "draws the order of the data, which rows are held out and what an arm" in table.how(results(runs=apart))
+    assert "draws the order of the data and what an arm" in table.how(results(runs=alike))
+    (row,) = [line for line in table.markdown(results(runs=apart)).splitlines() if line.startswith("| held-out loss")]
+    assert row.split("|")[2].strip() == "3.5000", "the start's loss is the mean over the seeds' rows"
+
+
+def test_whether_rates_were_chosen_by_the_same_rows_is_told_by_digests() -> None:
+    assert fair.same_held_out(held_out("x"), held_out("y", "x"))
+    assert not fair.same_held_out(held_out("x"), held_out("y"))
+    assert "chosen by the same held-out rows; --test_datasets" in table.markdown(results(same_rows=True))
+    assert "chosen by other held-out rows" in table.markdown(results())
+
+
+def test_rewards_are_shown_as_they_are_and_the_highest_is_best() -> None:
+    found = sweep.found({1e-3: -0.5, 1e-2: -0.25, 1e-1: math.inf}, sweep.REWARD)
+    assert found.rate == 1e-3 and found.values[1e-2] == 0.25
+    shown = results(sweeps={"full": found, "lora": found})
+    text = table.markdown(shown)
+    assert "Held-out reward by learning rate" in text and "| 0.5000 *" in text and "diverged" in text
+    assert table.plain(shown)["sweeps"]["full"]["rewards"] == {"0.001": 0.5, "0.01": 0.25, "0.1": None}
+
+
+def test_rows_that_are_missing_are_named_with_why() -> None:
+    runs = [ran("a", phase="reward", policy={"digest": "p", "name": "start"}, config={"save_strategy": "no"})]
+    rows = measures.measures(runs, ["text"], None)
+    (said,) = measures.unmeasured(rows, runs, ["text"], ["answers", "text"])
+    assert "checkpoint (none was kept, save_strategy is no)" in said and "loss on text (a model that scores" in said
+    assert "exact answers (a model that scores writes none)" in said and "tokens/s (the runs are too short" in said
+    assert "from before" not in said and "rank" not in said
 
 
 def test_one_rate_is_no_edge_and_no_ratio() -> None:

@@ -109,6 +109,37 @@ def test_runs_of_another_configuration_are_not_mixed_in(bench: Bench) -> None:
     assert len(bench.started) == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(lambda text: text[: len(text) // 2], "1 of "), (lambda text: "", "it is empty"), (None, "cannot be read")],
+)
+def test_a_run_whose_log_is_not_whole_is_named(
+    bench: Bench, tmp_path: Path, damage: Callable[[str], str] | None, why: str
+) -> None:
+    home = bench.home / "full" / "lr0.003-seed1"
+    log = home / "metrics.jsonl"
+    before = log.read_text()
+    log.unlink()
+    if damage:
+        log.write_text(damage(before))
+    try:
+        with pytest.raises(UserError, match=f"metrics.jsonl .*{why}.*; remove .*lr0.003-seed1 and give the same"):
+            bench.experiment("--seeds", "2", "--learning_rate", "3e-3").run()
+    finally:
+        log.write_text(before)
+
+
+def test_a_manifest_that_is_torn_is_refused_or_replaced(bench: Bench) -> None:
+    started, torn = len(bench.started), bench.home / "full" / "lr0.003-seed2" / "manifest.json"
+    torn.write_text(torn.read_text()[:200])
+    words = ("--seeds", "2", "--learning_rate", "3e-3")
+    with pytest.raises(UserError, match="lr0.003-seed2/manifest.json cannot be read; remove .* or give --overwrite"):
+        bench.experiment(*words).run()
+    assert len(bench.started) == started
+    assert bench.experiment(*words, "--overwrite").run() == 0
+    assert len(bench.started) == started + 1 and json.loads(torn.read_text())["status"] == "finished"
+
+
 def test_a_mistake_in_the_runs_is_the_comparisons(bench: Bench, tmp_path: Path) -> None:
     other = Bench(bench.lab, tmp_path / "home")
     with pytest.raises(UserError, match=r"lora_alpha=2, learning rate 0.001, seed 1: .*no_such_module"):
@@ -131,7 +162,42 @@ def test_a_rate_at_which_a_run_diverges_is_not_chosen(bench: Bench, tmp_path: Pa
     swept = found._sweep(found.arms[0])
     assert swept.rate == 1e-3 and swept.losses[0.1] == float("inf")
     assert not list(other.home.glob("lora_r=2/*/*.safetensors")), "models of a sweep are not kept"
-    assert "chosen by the same held-out rows" in found._same_rows()[0]
+
+
+def test_rows_are_held_out_by_the_experiment_and_not_by_a_seed(bench: Bench) -> None:
+    manifests = [json.loads(file.read_text()) for file in bench.home.glob("full/*/manifest.json")]
+    assert len(manifests) == 2 and {one["config"]["test_split_seed"] for one in manifests} == {0}
+    for split in ("train", "eval"):
+        assert len({one["data"][split]["tokenised"]["digest"] for one in manifests}) == 1
+    assert "A seed draws the order of the data and what an arm draws" in (bench.home / "report.md").read_text()
+
+
+def test_ppo_is_judged_by_its_reward_and_trains_a_value_model_too(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Bench(bench.lab, tmp_path / "home", "ppo")
+    rates = ("--learning_rates", "1e-3,1e-2", "--seeds", "1")
+    assert other.experiment("--vary", "kl_coef=0.01,0.1", *rates, max_steps=3, lora_r=None).run() == 0
+    said, text, found = capsys.readouterr().out, (other.home / "report.md").read_text(), values(other)
+    assert ": held-out reward 0." in said and ": held-out loss" not in said
+    assert "Held-out reward by learning rate" in text and "chosen by the same held-out rows" in text
+    assert ">held-out reward<" in (other.home / "report.html").read_text()
+    swept = found["sweeps"]["kl_coef=0.01"]
+    lines = (other.home / "kl_coef=0.01" / "lr0.001-seed0" / "metrics.jsonl").read_text().splitlines()
+    reward = [json.loads(line)["eval_reward"] for line in lines if "eval_reward" in line][-1]
+    assert reward > 0 and swept["rewards"]["0.001"] == reward and "losses" not in swept
+    assert swept["rewards"][f"{swept['rate']:.2g}"] == max(swept["rewards"].values())
+    # The value model has the policy's weights, tied ones once, and a row of 32 numbers for its score.
+    assert found["rows"]["trained parameters, k"]["mean"]["kl_coef=0.1"]["mean"] == pytest.approx(2 * 29.344 + 0.032)
+    assert "checkpoint (none was kept, save_strategy is no)" in text
+
+
+def test_a_model_that_scores_has_an_update_and_no_text(bench: Bench, tmp_path: Path) -> None:
+    other = Bench(bench.lab, tmp_path / "home", "reward")
+    assert other.experiment("--learning_rate", "1e-3", "--seeds", "1").run() == 0
+    rank = values(other)["rows"]["effective rank of the update"]["mean"]
+    assert 0 < rank["lora"]["mean"] <= 2.001 < rank["full"]["mean"]
+    assert "loss on text.jsonl (a model that scores predicts no text)" in (other.home / "report.md").read_text()
 
 
 def test_a_preference_phase_is_judged_by_its_accuracy(bench: Bench, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # Options that decide what rows become: where one of them may change, so may the data.
 SHAPES_DATA = frozenset(
     {"max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path"}
-    | {"eos_token", "pad_token", "tokenizer_name", "test_split_size", "response_length"}
+    | {"eos_token", "pad_token", "tokenizer_name", "test_split_size", "test_split_seed", "response_length"}
 )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from align_kit import registry
@@ -21,7 +22,10 @@ ADAPTER = {
 }
 # Keys that differ between the runs of one arm, or say nothing of a method.
 OF_A_RUN = {"output_dir", "seed", "learning_rate", "run_name", "logging_dir", "project"}
-NOT_VARIED = ("output_dir", "seed", "data_seed", "resume", "overwrite", "dry_run", "eval_datasets", "test_split_size")
+NOT_VARIED = (
+    "output_dir", "seed", "data_seed", "resume", "overwrite", "dry_run", "eval_datasets", "test_split_size",
+    "test_split_seed",
+)  # fmt: skip
 LORA = "recipes/lora.yaml"
 TAKEN = {*registry.names(), "logs", "measures", ".", ".."}  # folders of an experiment that are no arm's
 
@@ -92,21 +96,24 @@ def _overlaid(given: Sequence[str]) -> list[Arm]:
 def factor(configs: Mapping[str, Mapping[str, Any]], varied: str = "") -> list[str]:
     """Return the keys in which the arms' resolved configurations differ: one key, or keys of the adapter.
 
-    `varied` is the key that `--vary` names. Raises `UserError` where nothing differs, or more than one thing does.
+    `varied` is the key that `--vary` names. Raises `UserError` where two arms are the same, or differ in more than one
+    thing.
     """
-    first, *rest = configs.items()
-    differing = {
-        key: name
-        for name, config in rest
-        for key in sorted({*first[1], *config} - (OF_A_RUN - {varied}))
-        if first[1].get(key) != config.get(key)
-    }
-    if not differing:
-        raise UserError(f"the arms {', '.join(configs)} are the same configuration; let --vary or --arms name a factor")
+    left_out = OF_A_RUN - {varied}
+    for one, other in combinations(configs, 2):
+        if not _apart(configs[one], configs[other], left_out):
+            raise UserError(f"the arms {one} and {other} are the same configuration; let them differ in a factor")
+    first, *rest = configs
+    differing = {key: name for name in rest for key in _apart(configs[first], configs[name], left_out)}
     if len(differing) > 1 and not set(differing) <= ADAPTER:
         shown = ", ".join(sorted(set(differing) - ADAPTER)[:4])
         raise UserError(
-            f"the arms {first[0]} and {next(iter(differing.values()))} differ in {len(differing)} keys ({shown}); "
+            f"the arms {first} and {next(iter(differing.values()))} differ in {len(differing)} keys ({shown}); "
             "compare one at a time: the adapter, or one key"
         )
     return sorted(differing)
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any], left_out: set[str]) -> list[str]:
+    """Return the keys in which two configurations differ."""
+    return sorted(key for key in {*one, *other} - left_out if one.get(key) != other.get(key))

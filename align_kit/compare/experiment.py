@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from align_kit.compare.work import Task
 
 SWEEP_SEED = 0  # the reported seeds follow it: no rate is judged by the run that it was chosen by
+SPLIT_SEED = 0
 # The embedded experiment, where nothing is named: short enough that all of it takes ten minutes on two cores.
 SHORT = ("--max_steps", "96", "--logging_steps", "8", "--save_strategy", "steps", "--save_steps", "96")
 SHORT_START = {"pretrain": ("--max_steps", "160")}
@@ -120,8 +121,11 @@ class Experiment:
 
     def _job(self, arm: Arm, rate: float, seed: int, *, test: bool) -> Job:
         judged = judges.evaluation(self.configs[arm.name], test=test, datasets=self.options.test_datasets)
+        # Rows are held out by the experiment, not by a seed: intervals over seeds are of the same rows.
+        held = () if self.configs[arm.name].given("test_split_seed") else ("--test_split_seed", str(SPLIT_SEED))
         quiet = () if self.configs[arm.name].given("sample_prompts") else ("--sample_prompts", "0")
-        words = [*self._words(arm), *self.start, *judged, *quiet, "--seed", str(seed), "--learning_rate", f"{rate:.6g}"]
+        words = [*self._words(arm), *self.start, *judged, *held, *quiet, "--seed", str(seed)]
+        words += ["--learning_rate", f"{rate:.6g}"]
         return Job(
             self.options.recipe,
             tuple(words),
@@ -133,16 +137,19 @@ class Experiment:
     def _sweep(self, arm: Arm) -> sweep.Found:
         """Return what the arm's learning rates gave on held-out rows, one seed each."""
         losses: dict[float, float] = {}
+        quantity = sweep.LOSS
         for rate in self._rates_to_try(arm, losses):
             ran = self._ran(arm, rate, SWEEP_SEED, test=False)
             losses[rate] = _judged(ran)
             if ran is not None:
+                quantity = ran.quantity
                 forget_weights(ran.home)  # of a model that nothing more is asked of
         if min(losses.values()) == float("inf"):
             tried = ", ".join(f"{rate:.2g}" for rate in losses)
             raise UserError(f"{arm.name} diverged at every learning rate ({tried}); give lower --learning_rates")
-        found = sweep.found(losses)
-        log.say(f"         {arm.name}: held-out loss {losses[found.rate]:.4f} at a learning rate of {found.rate:.2g}")
+        found = sweep.found(losses, quantity)
+        best = f"{quantity} {found.values[found.rate]:.4f} at a learning rate of {found.rate:.2g}"
+        log.say(f"         {arm.name}: {best}")
         return found
 
     def _rates_to_try(self, arm: Arm, losses: dict[float, float]) -> Iterator[float]:
@@ -207,16 +214,19 @@ class Experiment:
         every = [ran for some in runs.values() for ran in some]
         quality = measures.reachable(every) if self.options.quality is None else self.options.quality
         quality = quality if measures.one_loss(self.factor, every) else None
+        rows = measures.measures(every, texts, quality)
+        wanted = ["answers"] * bool(asked) + ["text"] * (self.options.forgetting is None)
         results = Results(
             recipe=self.options.recipe,
             factor=self.factor,
             runs=runs,
             sweeps=found,
-            rows=measures.measures(every, texts, quality),
+            rows=rows,
             start=every[0].manifest["policy"]["name"],
             before=measured.get("start", {}),
             problems=asked,
-            notes=self._notes(runs),
+            notes=[*self._notes(runs), *measures.unmeasured(rows, every, texts, wanted)],
+            same_rows=self._same_rows(every),
         )
         self._write(results)
 
@@ -226,7 +236,7 @@ class Experiment:
         told = ", ".join(f"{arm} {mode}" for arm, mode in modes.items())
         differ = [f"Batches were computed in different ways, which shows in speed and memory: {told}."]
         differ = differ if len(set(modes.values())) > 1 else []
-        return [*differ, *self._other_losses(runs), *_placed(runs), *self._bits(), *self._same_rows()]
+        return [*differ, *self._other_losses(runs), *_placed(runs), *self._bits()]
 
     def _other_losses(self, runs: dict[str, list[Ran]]) -> list[str]:
         """Return a sentence where the arms' held-out losses are not the same quantity."""
@@ -247,13 +257,9 @@ class Experiment:
             "round off."
         ]
 
-    def _same_rows(self) -> list[str]:
-        """Return a sentence where the runs are judged by the rows that the rates were chosen by."""
-        config = self.configs[self.arms[0].name]
-        chosen, judged = (judges.rows(config, test=test, datasets=self.options.test_datasets) for test in (False, True))
-        if not self.swept or chosen != judged:
-            return []
-        return ["The learning rates were chosen by the same held-out rows; --test_datasets names others."]
+    def _same_rows(self, reported: Sequence[Ran]) -> bool:
+        """Tell whether the runs are judged by rows that the rates were chosen by, as their manifests account for."""
+        return fair.same_held_out([ran for ran in self.seen if ran.seed == SWEEP_SEED], reported)
 
     def _write(self, results: Results) -> None:
         text = table.markdown(results)
@@ -312,4 +318,4 @@ def _judged(ran: Ran | None) -> float:
     line = ran.evaluated
     if not line:
         raise UserError(f"{ran.home} was never evaluated: no rate can be chosen; evaluate at least once, at its end")
-    return -float(line["eval_reward"]) if "eval_reward" in line else float(line["eval_loss"])
+    return -float(line["eval_reward"]) if ran.quantity == sweep.REWARD else float(line["eval_loss"])

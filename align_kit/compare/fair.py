@@ -89,6 +89,19 @@ def equal(runs: Sequence[Ran]) -> list[str]:
     return [{"tokens": "tokens and their order"}.get(name, name) for name in alike]
 
 
+def drawn_by_seeds(runs: Sequence[Ran]) -> list[str]:
+    """Return which of a run's rows, "data" or "held-out data", are others where an arm has another seed."""
+    first: dict[str, dict[str, Any]] = {}
+    pairs = [(facts(ran), first.setdefault(ran.arm, facts(ran))) for ran in runs]
+    return [name for name in ("data", "held-out data") if any(one[name] != other[name] for one, other in pairs)]
+
+
+def same_held_out(runs: Sequence[Ran], others: Sequence[Ran]) -> bool:
+    """Tell whether a run of `runs` was evaluated on the very rows that one of `others` was."""
+    before, after = ([facts(ran)["held-out data"] for ran in some] for some in (runs, others))
+    return any(one in after for one in before)
+
+
 def _short(before: Any, after: Any) -> str:
     """Return what differs, in a few words."""
     if isinstance(before, dict) and isinstance(after, dict):

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align_kit import registry
 from align_kit.compare import fair
 from align_kit.compare.interval import Interval, over, paired
-from align_kit.compare.reading import Ran, checkpoint_bytes, tokens_to, trained_parameters
+from align_kit.compare.reading import Ran, checkpoint_bytes, tokens_to
 
 MB = 1e6
 OPTIMIZER = ("masters", "moments")
+# Titles of rows that a table may lack.
+EXACT, SPEED, CHECKPOINT, RANK = "exact answers, %", "tokens/s", "checkpoint, MB", "effective rank of the update"
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,35 @@ def measures(runs: Sequence[Ran], texts: Sequence[str], quality: float | None) -
     return [one for one in listed if any(one.read(ran) is not None for ran in runs)]
 
 
+def unmeasured(rows: Sequence[Measure], runs: Sequence[Ran], texts: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return a sentence on rows that the table could have and lacks, each with why; nothing where none is missing.
+
+    `texts` are those on which loss was to be taken; of `wanted` are "answers" where there were problems to answer, and
+    "text" where a text to take the loss on was looked for.
+    """
+    manifest, titles = runs[0].manifest, {row.title for row in rows}
+    scores = registry.get(manifest["phase"]).head == "score"
+    why = {CHECKPOINT: f"none was kept, save_strategy is {manifest['config'].get('save_strategy')}"}
+    why[SPEED] = "the runs are too short to tell"
+    if not all(ran.curve for ran in runs):
+        why["time to a loss"] = "the runs logged no held-out loss"
+    if manifest["policy"].get("random"):
+        why[RANK] = "the runs start from random weights"
+    if scores:
+        why |= {_forgetting(name).title: "a model that scores predicts no text" for name in texts}
+    elif "text" in wanted and not texts:
+        why["loss on text from before"] = "none is known that the start was trained on; --forgetting names some"
+    if scores and "answers" in wanted:
+        why[EXACT] = "a model that scores writes none"
+    lacking = {title.rpartition(", ")[0] or title: why[title] for title in why if title not in titles}
+    missing = [f"{title} ({reason})" for title, reason in lacking.items()]
+    return [f"Not measured: {'; '.join(missing)}."] if missing else []
+
+
 def _quality(runs: Sequence[Ran]) -> list[Measure]:
     return [
         Measure("held-out loss", lambda ran: ran.evaluated.get("eval_loss"), ".4f", "less"),
-        Measure("exact answers, %", _exact, ".1f", "more"),
+        Measure(EXACT, _exact, ".1f", "more"),
         Measure("preference accuracy, %", _accuracy, ".1f", "more"),
         Measure("reward", lambda ran: ran.evaluated.get("eval_reward"), ".4f", "more"),
     ]
@@ -79,13 +107,13 @@ def _checkpoint(ran: Ran) -> float | None:
 
 
 COST = [
-    Measure("trained parameters, k", lambda ran: trained_parameters(ran.home) / 1e3, ",.1f", "less", "cost"),
+    Measure("trained parameters, k", _measured("trained_parameters", 1e3), ",.1f", "less", "cost"),
     Measure("optimizer state, MB a rank", lambda ran: _state(ran, OPTIMIZER), ",.2f", "less", "cost"),
     Measure("all state, MB a rank", _all_state, ",.2f", "less", "cost"),
     Measure("peak memory, MB a rank", _measured("peak_bytes", MB), ",.1f", "less", "cost"),
     Measure("on the wire, MB a rank and step", _measured("link_bytes", MB), ",.3f", "less", "cost"),
-    Measure("tokens/s", lambda ran: ran.speed, ",.0f", "more", "cost"),
-    Measure("checkpoint, MB", _checkpoint, ",.2f", "less", "cost"),
+    Measure(SPEED, lambda ran: ran.speed, ",.0f", "more", "cost"),
+    Measure(CHECKPOINT, _checkpoint, ",.2f", "less", "cost"),
     Measure("stored model, MB", lambda ran: ran.manifest["result"]["bytes"] / MB, ",.2f", "less", "cost"),
 ]
 
@@ -125,7 +153,7 @@ def _found(part: str, name: str, scale: float = 1.0) -> Callable[[Ran], float | 
 
 UPDATE = [
     Measure("update, % of the weights' norm", _found("update", "relative", 100), ".2f", "", "update"),
-    Measure("effective rank of the update", _found("update", "effective_rank"), ".1f", "", "update"),
+    Measure(RANK, _found("update", "effective_rank"), ".1f", "", "update"),
     Measure("stable rank of the update", _found("update", "stable_rank"), ".2f", "", "update"),
     Measure("merged in fp32: largest logit gap", _found("merge_gap", "largest"), ".1e", "less", "update"),
 ]

@@ -10,6 +10,7 @@ from statistics import fmean
 from align_kit.compare import measures, table
 from align_kit.compare.interval import LEVEL
 from align_kit.compare.reading import Ran
+from align_kit.compare.sweep import REWARD
 from align_kit.compare.table import Results
 from align_kit.report import plots
 from align_kit.report.page import Page
@@ -80,14 +81,16 @@ def _mean_curve(runs: Sequence[Ran], *, by_time: bool) -> list[tuple[float, floa
 
 def _sweeps(page: Page, results: Results) -> None:
     names = [arm for arm in results.arms if arm in results.sweeps]
-    page.table(["learning rate", *names], table.sweep_rows(results), "held-out loss on one seed; * the best")
-    page.text(" ".join(table.swept(results)))
+    quantity = table.quantity(results)
+    page.table(["learning rate", *names], table.sweep_rows(results), f"{quantity} on one seed; * the best")
+    page.text(" ".join([*table.swept(results), table.chosen_by(results)]))
+    unit = quantity if quantity == REWARD else f"{quantity}, nats"
     curves = {
-        arm: [(math.log10(rate), loss) for rate, loss in sorted(found.losses.items()) if math.isfinite(loss)]
+        arm: [(math.log10(rate), value) for rate, value in sorted(found.values.items()) if math.isfinite(value)]
         for arm, found in results.sweeps.items()
     }
     page.figure(
-        plots.lines(curves, x="log10 of the learning rate", y="held-out loss, nats", title="Learning rates tried"),
+        plots.lines(curves, x="log10 of the learning rate", y=unit, title="Learning rates tried"),
         "each point is one run",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,9 @@ from statistics import median
 from typing import Any
 
 from align_kit import run_folder
+from align_kit.compare.sweep import LOSS, REWARD
+from align_kit.errors import UserError
+from align_kit.report.reading import lines_of
 
 SPEED = "machine/tokens_per_second"
 
@@ -39,6 +41,11 @@ class Ran:
     def evaluated(self) -> Mapping[str, Any]:
         """The last evaluation's line; empty where there was none."""
         return next((line for line in reversed(self.lines) if "eval_loss" in line or "eval_reward" in line), {})
+
+    @property
+    def quantity(self) -> str:
+        """What the run is judged by: a reward where it was evaluated by one, else a loss."""
+        return REWARD if "eval_reward" in self.evaluated else LOSS
 
     @property
     def curve(self) -> list[Point]:
@@ -79,25 +86,27 @@ class Ran:
 
 
 def read(arm: str, rate: float, seed: int, home: Path, manifest: Mapping[str, Any]) -> Ran:
-    """Return the finished run in `home`."""
-    lines = [json.loads(line) for line in (home / run_folder.METRICS).read_text().splitlines()]
-    return Ran(arm, rate, seed, home, manifest, lines)
+    """Return the finished run in `home`; raises `UserError` where what it logged is not whole."""
+    return Ran(arm, rate, seed, home, manifest, _logged(home))
 
 
-def trained_parameters(home: Path) -> int:
-    """Return how many parameters a run trained: what it stored, tied tensors once."""
-    from safetensors import safe_open
+CLOSING = "train_runtime"  # is in the line that ends what a run logs
 
-    total = 0
-    for file in home.glob("*.safetensors"):
-        with safe_open(str(file), framework="np") as handle:
-            for name in handle.keys():  # noqa: SIM118 - it is no mapping
-                shape = handle.get_slice(name).get_shape()
-                size = 1
-                for length in shape:
-                    size *= length
-                total += size
-    return total
+
+def _logged(home: Path) -> list[dict[str, Any]]:
+    """Return all lines that a finished run logged: one that is lost would shift its curve and its counts."""
+    file = home / run_folder.METRICS
+    again = f"remove {home} and give the same command again: that run alone is done anew"
+    try:
+        texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}), though its run finished; {again}") from None
+    lines = list(lines_of(texts))
+    if len(lines) < len(texts) or not any(CLOSING in line for line in lines):
+        lost = f"{len(texts) - len(lines)} of {len(texts)} lines cannot be read" if texts else "it is empty"
+        lost = lost if len(lines) < len(texts) or not texts else "its last line is missing"
+        raise UserError(f"{file} is not whole ({lost}), though its run finished; {again}")
+    return lines
 
 
 def checkpoint_bytes(home: Path) -> int | None:

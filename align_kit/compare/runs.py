@@ -116,6 +116,7 @@ class Runner:
         """Return the words by which a job begins or goes on; `None` where it is done."""
         manifest = run_folder.read_manifest(job.home)
         if manifest is None:
+            self._clear_torn(job.home)
             return []
         finished, stored = manifest.get("status") == FINISHED, run_folder.checkpoints(job.home)
         if not finished and not stored:
@@ -131,6 +132,18 @@ class Runner:
             f"{job.home} holds a run with {name} {_short(before.get(name))}, now {_short(now.get(name))}; name another "
             "--output_dir, or replace what differs with --overwrite"
         )
+
+    def _clear_torn(self, home: Path) -> None:
+        """Remove a run whose manifest is there and cannot be read, where that is asked for; nothing can go on from it.
+
+        The run itself would refuse to replace a folder that it cannot tell from somebody's own.
+        """
+        torn = home / run_folder.MANIFEST
+        if not torn.is_file():
+            return
+        if not self.overwrite:
+            raise UserError(f"{torn} cannot be read; remove {home}, or give --overwrite to replace it: it is run anew")
+        shutil.rmtree(home)
 
     def _launch(self, job: Job, how: Sequence[str]) -> int:
         # What diverges does so again at once; a fault of the machine does not, and must not cost a rate its place.

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 FACTOR = math.sqrt(10)
 MOST = 8  # rates tried for one arm: from the start this reaches some 3000 times as far, or so little
 
-Losses = Mapping[float, float]  # held-out loss by learning rate; a run that diverged counts as infinitely bad
+LOSS, REWARD = "held-out loss", "held-out reward"  # what a rate can be chosen by
+# By learning rate what it is chosen by, less being better: a reward is turned round. A run that diverged counts as
+# infinitely bad.
+Losses = Mapping[float, float]
 
 
 def grid(start: float, place: int) -> float:
@@ -44,20 +47,30 @@ def _comparable(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """What a sweep found: the losses by rate, the best rate, and where between its neighbours the minimum may lie."""
+    """What a sweep found: the losses by rate, the best rate, and where between its neighbours the minimum may lie.
+
+    `quantity` names what the losses are made of: `LOSS`, or `REWARD` turned round.
+    """
 
     losses: Losses
     rate: float
     estimate: float | None  # the vertex of the parabola through the best and its neighbours, in log rate
     edge: str  # "" where the best has a worse neighbour on either side, else "lowest" or "highest"
+    quantity: str = LOSS
+
+    @property
+    def values(self) -> dict[float, float]:
+        """The quantity itself by rate, as the runs measured it; infinite either way where one diverged."""
+        sign = -1.0 if self.quantity == REWARD else 1.0
+        return {rate: sign * loss for rate, loss in self.losses.items()}
 
 
-def found(losses: Losses) -> Found:
+def found(losses: Losses, quantity: str = LOSS) -> Found:
     """Return what the losses of a sweep say."""
     rates, rate = sorted(losses), best(losses)
     place = rates.index(rate)
     edge = "" if 0 < place < len(rates) - 1 else "lowest" if place == 0 else "highest"
-    return Found(losses, rate, None if edge else _vertex(losses, rates[place - 1 : place + 2]), edge)
+    return Found(losses, rate, None if edge else _vertex(losses, rates[place - 1 : place + 2]), edge, quantity)
 
 
 def _vertex(losses: Losses, rates: Sequence[float]) -> float | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from align_kit.compare import fair, measures
 from align_kit.compare.interval import LEVEL, Interval
 from align_kit.compare.measures import Measure
 from align_kit.compare.reading import Ran
-from align_kit.compare.sweep import Found
+from align_kit.compare.sweep import REWARD, Found
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Results:
     before: Mapping[str, Any]  # what was measured on the start
     problems: str  # the card of the problems, "" without any
     notes: Sequence[str] = field(default_factory=tuple)
+    same_rows: bool = False  # the rates were chosen by the rows that the runs are judged by
 
     @property
     def arms(self) -> list[str]:
@@ -67,8 +69,10 @@ def started(results: Results, measure: Measure) -> str:
     """Return what a measure was before training, where it was taken."""
     first = results.runs[results.arms[0]][0]
     if measure.title.startswith("held-out loss"):
-        curve = first.curve
-        return f"{curve[0].loss:{measure.form}}" if curve and curve[0].step == 0 else ""
+        # Of every seed: where each holds out other rows, the start has another loss on them.
+        starts = [ran.curve[0] for ran in results.runs[results.arms[0]] if ran.curve and ran.curve[0].step == 0]
+        whole = len(starts) == len(results.seeds)
+        return f"{fmean(point.loss for point in starts):{measure.form}}" if whole else ""
     before = Ran("start", 0.0, 0, first.home, {"measured": {}}, [], results.before)
     value = measure.read(before) if measure.group in ("quality", "before") else None
     return "" if value is None else f"{value:{measure.form}}"
@@ -97,7 +101,7 @@ def difference(found: Interval | None, form: str) -> str:
 
 
 def sweep_rows(results: Results) -> list[list[str]]:
-    """Return a row for each learning rate that was tried: the held-out loss of each arm, the best marked."""
+    """Return a row for each learning rate that was tried: what each arm got by it, the best marked."""
     rates = sorted({rate for found in results.sweeps.values() for rate in found.losses})
     return [
         [f"{rate:.2g}", *(_tried(results.sweeps[arm], rate) for arm in results.arms if arm in results.sweeps)]
@@ -108,8 +112,8 @@ def sweep_rows(results: Results) -> list[list[str]]:
 def _tried(found: Found, rate: float) -> str:
     if rate not in found.losses:
         return ""
-    loss = found.losses[rate]
-    return (f"{loss:.4f}" if math.isfinite(loss) else "diverged") + (" *" if rate == found.rate else "")
+    value = found.values[rate]
+    return (f"{value:.4f}" if math.isfinite(value) else "diverged") + (" *" if rate == found.rate else "")
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
@@ -122,12 +126,21 @@ def how(results: Results) -> str:
     level = f"{100 * LEVEL:.0f} %"
     spread = (
         f"± and [ ] are {level} intervals of Student's t over {count} seeds, one measure at a time; differences are "
-        "between runs with the same seed. A seed draws the order of the data and what an arm draws (a fresh adapter, "
+        f"between runs with the same seed. A seed draws {_drawn(results)} and what an arm draws (a fresh adapter, "
         "dropout); all start from one model."
         if count > 1
         else "One seed: there are no intervals."
     )
     return f"Means of {seeds}. {spread}"
+
+
+ROWS = {"data": "which rows are trained on", "held-out data": "which rows are held out"}
+
+
+def _drawn(results: Results) -> str:
+    """Return what a seed draws of the data, by the digests in the runs' own accounts."""
+    rows = [ROWS[name] for name in fair.drawn_by_seeds([ran for some in results.runs.values() for ran in some])]
+    return ", ".join(["the order of the data", *rows])
 
 
 def fairness(results: Results) -> str:
@@ -141,6 +154,18 @@ def fairness(results: Results) -> str:
         f"seed by seed: {same}. A run of {results.arms[0]} starts from {results.start} and takes "
         f"{ran.manifest['steps']} steps, {tokens / 1e3:,.1f} k tokens, on {ran.manifest['world_size']} ranks."
     )
+
+
+def quantity(results: Results) -> str:
+    """Return what the learning rates were chosen by: all arms of one phase are judged by the same."""
+    return next(found.quantity for found in results.sweeps.values())
+
+
+def chosen_by(results: Results) -> str:
+    """Return a sentence on the rows that the learning rates were chosen by."""
+    if results.same_rows:
+        return "The learning rates were chosen by the same held-out rows; --test_datasets names others."
+    return "The learning rates were chosen by other held-out rows."
 
 
 def swept(results: Results) -> list[str]:
@@ -185,8 +210,10 @@ def markdown(results: Results) -> str:
     parts += over_problems(results)
     if results.sweeps:
         names = [arm for arm in results.arms if arm in results.sweeps]
-        parts += ["Held-out loss by learning rate, one seed that is not among those above, on other held-out rows "
-                  "where there are some (* the best):"]  # fmt: skip
+        parts.append(
+            f"{quantity(results).capitalize()} by learning rate, one seed that is not among those above (* the best). "
+            + chosen_by(results)
+        )
         parts += [grid(["learning rate", *names], sweep_rows(results)), " ".join(swept(results))]
     return "\n\n".join([*parts, *results.notes])
 
@@ -212,8 +239,6 @@ def plain(results: Results) -> dict[str, Any]:
             "mean": {arm: _plain(measures.mean(found)) for arm, found in by_arm.items()},
             "difference": {arm: _plain(found) for arm, found in apart.items()},
         }
-    sweeps = {arm: {**asdict(found), "losses": {f"{k:.2g}": _finite(v) for k, v in found.losses.items()}}
-              for arm, found in results.sweeps.items()}  # fmt: skip
     return {
         "recipe": results.recipe,
         "factor": list(results.factor),
@@ -221,8 +246,16 @@ def plain(results: Results) -> dict[str, Any]:
         "start": results.start,
         "before": results.before.get("texts", {}),
         "rows": rows,
-        "sweeps": sweeps,
+        "sweeps": {arm: _plain_sweep(found) for arm, found in results.sweeps.items()},
     }
+
+
+def _plain_sweep(found: Found) -> dict[str, Any]:
+    """Return a sweep with what was measured by rate: "losses", or "rewards" where these chose."""
+    name = "rewards" if found.quantity == REWARD else "losses"
+    values = {f"{rate:.2g}": _finite(value) for rate, value in found.values.items()}
+    rest = {key: value for key, value in asdict(found).items() if key != "losses"}
+    return {**rest, name: values}
 
 
 def _plain(found: Interval | None) -> dict[str, float | None] | None:

@@ -42,12 +42,19 @@ def work(task: Task) -> dict[str, Any]:
         if task.problems is not None:
             found["exact"] = answers(model, tokenizer, task.problems)
         found["texts"] = {text.name: text_loss(model, text) for text in task.texts}
-        if task.start is not None:
-            before, _ = generate.open_model(task.start)
-            found["update"] = update(model, before)
+    elif task.start is not None:
+        model = _scorer(task.folder)
+    if task.start is not None:
+        before = generate.open_model(task.start)[0] if where.head == "lm" else _scorer(task.start)
+        found["update"] = update(model, before)
     if where.is_adapter:
         found["merge_gap"] = merge_gap(where, task)
     return found
+
+
+def _scorer(folder: Path) -> nn.Module:
+    """Return the model of `folder` as one that scores, as a language model starts in a reward phase."""
+    return load.load_policy(source.resolve(str(folder)), dtype=torch.float32, seed=0, head="score").eval()
 
 
 @torch.inference_mode()

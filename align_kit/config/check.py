@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "spike_deviations": POSITIVE,
     "early_stopping_patience": AT_LEAST_ONE,
     "test_split_size": POSITIVE,
+    "test_split_seed": NOT_NEGATIVE,
     "mixture_temperature": POSITIVE,
     "precompute_ref_batch_size": AT_LEAST_ONE,
     "ref_model_mixup_alpha": UP_TO_ONE,

@@ -100,6 +100,9 @@ class DataFields:
     test_split_size: float | None = option(
         None, "rows (or their share, under 1) cut off the training data to evaluate on"
     )
+    test_split_seed: int | None = option(
+        None, "draws the rows to evaluate on; default: the run's seed, with which other rows are held out"
+    )
     ignore_bias_buffers: bool = option(False, "leave bias buffers out of DDP")
     data_limits: dict[str, float] | None = option(
         None, "share of rows above which a suspicion about them is an error, by its name: {dropped: 0.9}; 1 is never"

@@ -39,6 +39,12 @@ class Wanted:
     cache: Path
     temperature: float | None = None  # of the mixture to train on; see `load`
     limits: Mapping[str, float] = field(default_factory=dict)  # `health.judged`
+    test_split_seed: int | None = None  # draws the rows to evaluate on; None: `seed`
+
+    @property
+    def held_out_seed(self) -> int:
+        """What draws the rows to evaluate on."""
+        return self.seed if self.test_split_seed is None else self.test_split_seed
 
 
 @dataclass
@@ -118,11 +124,11 @@ def given(wanted: Wanted) -> dict[str, Given]:
     loaded = load.load(wanted.train, phase=wanted.phase, seed=wanted.seed, temperature=wanted.temperature)
     train, held_out, held_out_account = loaded.dataset, None, loaded.as_dict()
     if wanted.eval:
-        other = load.load(wanted.eval, phase=wanted.phase, split_default="test", seed=wanted.seed)
+        other = load.load(wanted.eval, phase=wanted.phase, split_default="test", seed=wanted.held_out_seed)
         held_out, held_out_account = other.dataset, other.as_dict()
     elif wanted.test_split_size:
         _refuse_repeats(loaded)
-        train, held_out = load.train_test(train, wanted.test_split_size, wanted.seed)
+        train, held_out = load.train_test(train, wanted.test_split_size, wanted.held_out_seed)
     if wanted.evaluate and held_out is None:
         raise UserError("eval_strategy asks for evaluation; give eval_datasets or test_split_size")
     if held_out is not None and weights.COLUMN in held_out.column_names:
@@ -162,7 +168,7 @@ def _origins(loaded: load.Loaded, wanted: Wanted) -> Origins | None:
     numbers = loaded.origins
     if wanted.test_split_size and not wanted.eval:
         rows = Dataset.from_dict({"source": numbers})
-        numbers = load.train_test(rows, wanted.test_split_size, wanted.seed)[0]["source"][:]
+        numbers = load.train_test(rows, wanted.test_split_size, wanted.held_out_seed)[0]["source"][:]
     return Origins(tuple(numbers), len(loaded.sources))
 
 

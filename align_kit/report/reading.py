@@ -58,14 +58,19 @@ def read(folder: str | Path) -> Record:
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Yield the lines of a file; one that was not written whole, the last of a run that was killed, is left out."""
+    """Yield the lines of a file, of one that is not there none."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                yield line
+        yield from lines_of(stream)
+
+
+def lines_of(texts: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """Yield JSON lines; one that was not written whole, the last of a run that was killed, is left out."""
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line

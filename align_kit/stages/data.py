@@ -44,6 +44,7 @@ def wanted(recipe: Recipe, config: Config, args: Any) -> Wanted:
         train=[entry.spec() for entry in config.data.datasets],
         eval=[entry.spec() for entry in config.data.eval_datasets],
         test_split_size=config.data.test_split_size,
+        test_split_seed=config.data.test_split_seed,
         evaluate=args.eval_strategy != "no",
         seed=args.seed if args.data_seed is None else args.data_seed,
         options=token_options(recipe, config),

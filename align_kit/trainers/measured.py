@@ -129,6 +129,7 @@ def _add(total: Counts, more: Mapping[str, Iterable[float]]) -> None:
 def measured(trainer: Any) -> dict[str, Any]:
     """Return what the training that has just ended took; all ranks call it, and all get the same.
 
+    "trained_parameters" is how many numbers the optimizer moves, those of a value model among them;
     "state_bytes" are those of the rank with most of them; "peak_bytes" the most on any rank, on a CPU above what the
     process had before its model loaded; "traffic" is a step's, of the first rank (all send the same).
     """
@@ -142,12 +143,18 @@ def measured(trainer: Any) -> dict[str, Any]:
     traffic = measure.traffic
     return {
         "steps": measure.steps,
+        "trained_parameters": trained_parameters(bare(trainer.model_wrapped)),
         "state_bytes": max((state for state, _ in everyone), key=lambda state: sum(state.values())),
         "peak_bytes": max(peak for _, peak in everyone),
         "peak_how": DEVICE if torch.cuda.is_available() else RESIDENT,
         "traffic": traffic,
         "link_bytes": sum(each["link_bytes"] for each in traffic.values()),
     }
+
+
+def trained_parameters(module: nn.Module) -> int:
+    """Return how many numbers are trained over all ranks, tied tensors once."""
+    return sum(int(getattr(one, "ds_numel", one.numel())) for one in module.parameters() if one.requires_grad)
 
 
 # --- the peak ---------------------------------------------------------------------------------------------
