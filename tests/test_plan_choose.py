@@ -253,9 +253,40 @@ def test_more_ranks_are_named_where_nothing_else_helps() -> None:
     assert found.smallest is None and found.fitting == () and found.wider is not None
     ranks = found.wider.ranks
     line = show.refusal(found, Limits(24 * GIB, 48 * GIB), "7b")
-    assert ranks > 1 and f"it fits on {ranks} such ranks with --gradient_checkpointing true, or" in str(line)
+    assert ranks > 1 and f"it fits on {ranks} such ranks with --gradient_checkpointing true " in str(line)
+    assert found.wider.batch == ranks and f"({ranks} pairs a step for 1), or" in str(line)
     there = chosen(run_of(world_size=ranks, per_device=1, accumulation=1), 24, host=48)
     assert found.wider.changes in [way.changes for way in there.fitting]
+
+
+def test_more_ranks_share_the_batch_that_one_had() -> None:
+    found = chosen(run_of(world_size=1, per_device=4, accumulation=16), 24, host=48)
+    assert found.wider is not None and found.wider.batch == 64
+    accumulation = 64 // found.wider.ranks
+    assert found.wider.changes["per_device_train_batch_size"] == 1
+    assert found.wider.changes["gradient_accumulation_steps"] == accumulation
+    line = show.refusal(found, Limits(24 * GIB, 48 * GIB), "7b")
+    assert f"--gradient_accumulation_steps {accumulation} (64 pairs a step as now)" in str(line)
+    there = chosen(run_of(world_size=found.wider.ranks, per_device=1, accumulation=accumulation), 24, host=48)
+    assert there.fitting, "on so many ranks it fits"
+
+
+def test_a_global_batch_that_more_ranks_cannot_share_is_said_anew() -> None:
+    given = {"host": 48, "by_global_batch": True}
+    kept = chosen(run_of(world_size=1, per_device=4, accumulation=16), 24, **given).wider
+    assert kept is not None and kept.batch == 64 and "global_batch_size" not in kept.changes
+    few = chosen(run_of(world_size=1, per_device=4, accumulation=1), 24, **given)
+    assert few.wider is not None and few.wider.ranks > 4
+    assert few.wider.changes["global_batch_size"] == few.wider.batch == few.wider.ranks
+    line, ranks = show.refusal(few, Limits(24 * GIB, 48 * GIB), "7b"), few.wider.ranks
+    assert f"--global_batch_size {ranks} ({ranks} pairs a step for 4)" in str(line)
+
+
+def test_what_leaves_less_than_proposals_do_fits_barely() -> None:
+    run = run_of(per_device=1, accumulation=16)
+    needed = chosen(run, 139).configured.plan.memory.peak / GIB
+    assert chosen(run, 1.01 * needed).configured.barely and not chosen(run, 1.1 * needed).configured.barely
+    assert not chosen(run, 0.99 * needed).configured.barely
 
 
 def test_accumulation_is_left_to_the_global_batch_where_that_is_given() -> None:

@@ -258,6 +258,32 @@ def test_what_is_not_known_is_refused_with_what_is(tmp_path: Path) -> None:
         hardware.prices(str(prices))
 
 
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        (b"{h200: -4}", "-4 dollars an hour for h200 is no price"),
+        (b"{h200: .nan}", "nan dollars an hour for h200 is no price"),
+        (b"{h200: true}", "True dollars an hour for h200 is no price"),
+        (b"{h200: three}", "'three' dollars an hour for h200 is no price"),
+        (b"{typo200: 4}", "typo200 is no machine that is known; give one of .*h200"),
+        (b"{h200: 4} # \xff", "cannot read .*prices.yaml: .*utf-8"),
+    ],
+)
+def test_what_is_no_price_is_refused_in_a_line(listed: bytes, says: str, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_bytes(b"dollars_per_hour: " + listed)
+    with pytest.raises(UserError, match=says) as error:
+        hardware.named("h200", prices_file=str(prices))
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_machines_are_known_in_any_case(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("dollars_per_hour: {H200: 2.5}\n")
+    made = hardware.named("H200", prices_file=str(prices))
+    assert (made.name, made.dollars_per_hour) == ("h200", 2.5)
+
+
 def test_this_machine_is_measured() -> None:
     """A CPU multiplies at a billion operations a second at least, in whatever precision is asked for."""
     here = hardware.here()

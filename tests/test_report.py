@@ -276,6 +276,29 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert "dpo: two" in (tmp_path / "runs" / "two" / "report.html").read_text()
 
 
+def test_runs_of_a_comparison_are_found_and_folders_without_one_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "compared"
+    for place in ("pretrain", "full/lr1-seed1", "lora/lr1-seed1"):
+        (home / place).parent.mkdir(parents=True, exist_ok=True)
+        a_run(home / place)
+    for place in ("logs", "measures", "lora/lr1-seed2"):
+        (home / place).mkdir()
+    (home / "lora" / "lr1-seed2" / "manifest.json").write_text('{"phase": "sft", ')
+    (home / "pretrain" / "checkpoint-4").mkdir()
+    (home / "pretrain" / "checkpoint-4" / "manifest.json").write_text("{}")
+    page = tmp_path / "page.html"
+    assert main(["report", str(home), "--output", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "(3 runs)" in said and "left out, for they hold no run: " in said
+    assert f"{home}/lora/lr1-seed2\n" in said and "checkpoint" not in said
+    one_by_one = [str(place) for place in home.iterdir()]
+    assert main(["report", *one_by_one, "--output", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "(3 runs)" in said and str(home / "logs") in said and str(home / "measures") in said
+
+
 def refusals(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     run = a_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()

@@ -99,6 +99,7 @@ class Way:
     changes: Mapping[str, Any]  # option: value
     plan: Plan
     fits: bool
+    barely: bool = False  # it fits, and less is free than what is proposed leaves
 
     @property
     def seconds(self) -> float:
@@ -117,10 +118,11 @@ def words(changes: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Wider:
-    """So many ranks that the run would fit on, with what has to be changed beside."""
+    """So many ranks that the run would fit on, with what has to be changed beside, and the rows of a step then."""
 
     ranks: int
     changes: Mapping[str, Any]
+    batch: int  # the configured one, or the least above it that so many ranks can share
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ class _Tried:
             kept = self(replace(setting, placements=()))
             once = max(0.0, kept.seconds - plan.time.seconds) / max(1.0, self.space.passes)
             plan = replace(plan, time=replace(plan.time, once=once))
-        return Way(setting, changes(self.space, setting), plan, self.limits.fits(run, plan.memory))
+        fits = self.limits.fits(run, plan.memory)
+        barely = fits and not self.limits.fits(run, plan.memory, SPARE)
+        return Way(setting, changes(self.space, setting), plan, fits, barely)
 
 
 # --- what may be changed ----------------------------------------------------------------------------------------------
@@ -292,16 +296,43 @@ def smallest_change(space: Space, tried: _Tried) -> Way | None:
 
 
 def _wider(space: Space, tried: _Tried) -> Wider | None:
-    """Return on how many ranks the run would fit, in the ways that take least of these; None if none help."""
+    """Return on how many ranks the run would fit, in the ways that take least of these; None if none help.
+
+    The global batch stays as long as the ranks can share it evenly; beyond that each has one micro-batch.
+    """
     smallest = _sizes(space)[-1]
     settings = [replace(combination, per_device=smallest) for combination in combinations(space)]
     runs = [applied(space, setting) for setting in settings]
     needs = [tried.limits.needed(run, tried.memory(run)) for run in runs]
     leanest = [min(range(len(runs)), key=lambda way: (needs[way][first], needs[way][1 - first])) for first in (0, 1)]
-    per_node, ranks = space.run.ranks_per_node, 2 * space.run.world_size
-    while ranks <= MOST_RANKS:
+    growth = 2
+    while (ranks := growth * space.run.world_size) <= MOST_RANKS:
         for way in leanest:
-            if tried.fits(replace(runs[way], world_size=ranks, nodes=-(-ranks // per_node))):
-                return Wider(ranks, changes(space, settings[way]))
-        ranks *= 2
+            run = _spread_over(runs[way], growth)
+            if tried.fits(run):
+                return Wider(ranks, _changes_over(space, settings[way], run), global_batch(run))
+        growth *= 2
     return None
+
+
+def _spread_over(run: Run, growth: int) -> Run:
+    """Return the run on so many times its ranks, each accumulating so much less, but a micro-batch at least."""
+    ranks = growth * run.world_size
+    accumulation = -(-run.accumulation // growth)
+    return replace(run, world_size=ranks, nodes=-(-ranks // run.ranks_per_node), accumulation=accumulation)
+
+
+def _changes_over(space: Space, setting: Setting, run: Run) -> dict[str, Any]:
+    """Return what the configuration has to say for `setting` on more ranks: what it accumulates too."""
+    said = changes(space, setting)
+    if space.by_global_batch:
+        same = global_batch(run) == global_batch(space.run)
+        return said if same else said | {"global_batch_size": global_batch(run)}
+    said.pop("gradient_accumulation_steps", None)
+    same = run.accumulation == space.run.accumulation
+    return said if same else said | {"gradient_accumulation_steps": run.accumulation}
+
+
+def global_batch(run: Run) -> int:
+    """Return the rows or pairs of an optimizer step over all ranks."""
+    return run.per_device * run.accumulation * run.world_size

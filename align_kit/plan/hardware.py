@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -69,12 +70,18 @@ def named(name: str, *, hardware_file: str | None = None, prices_file: str | Non
 
     Raises `UserError` for a name that is not there, and for a file that is none of machines.
     """
-    if name in ("here", CPU):
+    if name.lower() in ("here", CPU):
         return here(hardware_file=hardware_file, prices_file=prices_file)
     known = table(hardware_file)
+    name = _spelt(name, known)
     if name not in known:
         raise unknown("gpu", name, sorted([*known, "here"]))
-    return _made(name, known[name], prices_file)
+    return _made(name, known[name], prices(prices_file, known))
+
+
+def _spelt(name: str, known: Mapping[str, Any]) -> str:
+    """Return a machine's name as the files spell it, whatever its case is here."""
+    return name if name in known else next((one for one in known if str(one).lower() == name.lower()), name)
 
 
 def table(hardware_file: str | None = None) -> dict[str, dict[str, Any]]:
@@ -96,12 +103,12 @@ def here(*, hardware_file: str | None = None, prices_file: str | None = None) ->
 
     known = table(hardware_file)
     if not torch.cuda.is_available():
-        return replace(_measured(CPU, None), dollars_per_hour=prices(prices_file).get(CPU))
+        return replace(_measured(CPU, None), dollars_per_hour=prices(prices_file, known).get(CPU))
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     name = next((name for name, entry in known.items() if _is(device.name, device.total_memory, entry)), None)
     if name is None:
         return _measured(str(device.name), int(device.total_memory))
-    return replace(_made(name, known[name], prices_file), memory=int(device.total_memory))
+    return replace(_made(name, known[name], prices(prices_file, known)), memory=int(device.total_memory))
 
 
 def _is(device: str, memory: int, entry: Mapping[str, Any]) -> bool:
@@ -112,7 +119,7 @@ def _is(device: str, memory: int, entry: Mapping[str, Any]) -> bool:
         return False
 
 
-def _made(name: str, entry: Mapping[str, Any], prices_file: str | None) -> Hardware:
+def _made(name: str, entry: Mapping[str, Any], dollars: Mapping[str, float]) -> Hardware:
     try:
         links = {f"{link}_link": float(entry["link_gb_per_s"][link]) * GIGA for link in LINKS}
         return Hardware(
@@ -123,7 +130,7 @@ def _made(name: str, entry: Mapping[str, Any], prices_file: str | None) -> Hardw
             **links,
             host_memory=int(float(entry["host_gib"]) * GIB),
             calibration=calibration(name),
-            dollars_per_hour=prices(prices_file).get(name),
+            dollars_per_hour=dollars.get(name),
             source=str(entry.get("source", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -216,15 +223,31 @@ def _device() -> str:
 # --- data files -------------------------------------------------------------------------------------------------------
 
 
-def prices(prices_file: str | None = None) -> dict[str, float]:
-    """Return dollars for a device and an hour, by machine; those of `prices_file` over the shipped ones."""
-    found: dict[str, float] = {}
-    for path in [FILES / "prices.yaml", *([Path(prices_file)] if prices_file else [])]:
-        listed = _read(path).get("dollars_per_hour")
-        if not isinstance(listed, Mapping) or not all(isinstance(price, int | float) for price in listed.values()):
-            raise UserError(f"{path} holds no prices; write it as align_kit/plan/prices.yaml does")
-        found |= {str(name): float(price) for name, price in listed.items()}
+def prices(prices_file: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Return dollars for a device and an hour, by machine; those of `prices_file` over the shipped ones.
+
+    Raises `UserError` for what is no price, and for a machine of `prices_file` that is not `known`.
+    """
+    machines = [*(table() if known is None else known), CPU]
+    found = _listed(FILES / "prices.yaml")
+    for name, price in (_listed(Path(prices_file)) if prices_file else {}).items():
+        spelt = _spelt(name, dict.fromkeys(machines))
+        if spelt not in machines:
+            raise UserError(f"{prices_file}: {name} is no machine that is known; give one of {', '.join(machines)}")
+        found[spelt] = price
     return found
+
+
+def _listed(path: Path) -> dict[str, float]:
+    """Return the prices that a file lists, by machine."""
+    listed = _read(path).get("dollars_per_hour")
+    if not isinstance(listed, Mapping):
+        raise UserError(f"{path} holds no prices; write it as align_kit/plan/prices.yaml does")
+    for name, price in listed.items():
+        number = isinstance(price, int | float) and not isinstance(price, bool)
+        if not (number and 0 <= price < math.inf):
+            raise UserError(f"{path}: {price!r} dollars an hour for {name} is no price; give a number, 0 or more")
+    return {str(name): float(price) for name, price in listed.items()}
 
 
 def calibration(name: str) -> Calibration:
@@ -243,8 +266,8 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"cannot read {path}: {problem}; it must be YAML as in align_kit/plan") from None
     if not isinstance(data, dict):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align_kit.config import BatchPlan
-from align_kit.plan.choose import Choice, Limits, Way, words
+from align_kit.plan.choose import SPARE, Choice, Limits, Way, global_batch, words
 from align_kit.plan.plan import Plan
 from align_kit.plan.time import HOUR
 
@@ -161,13 +161,15 @@ def _too_much(way: Way, limits: Limits, model: str) -> str:
 
 
 def _way_out(choice: Choice, limits: Limits) -> str:
+    run = choice.configured.plan.run
     if choice.smallest is not None:
         device, _ = limits.needed(choice.smallest.plan.run, choice.smallest.plan.memory)
         return f"it fits with {choice.smallest.words()} ({gib(device)})"
     if choice.wider is not None:
         how = f" with {words(choice.wider.changes)}" if choice.wider.changes else ""
-        return f"it fits on {choice.wider.ranks} such ranks{how}"
-    run = choice.configured.plan.run
+        batch, before = choice.wider.batch, global_batch(run)
+        instead = "as now" if batch == before else f"for {before}"
+        return f"it fits on {choice.wider.ranks} such ranks{how} ({batch} {run.unit} a step {instead})"
     in_few_bits = any(weight.element_bytes is not None for weight in run.policy.weights)
     other = "an adapter (use_peft), or " if not run.use_peft else "on a base in 4 bits (load_in_4bit), or "
     return f"nothing that keeps its results makes it fit: train {'' if in_few_bits else other}a smaller model"
@@ -217,7 +219,7 @@ def memory_table(answer: Answer) -> tuple[list[str], list[list[str]]]:
     rows += [[f"+ {name}", *(shown(_passing(plan).get(name, 0)) for plan in plans)] for name in passing]
     rows.append(["= at most", *(shown(plan.memory.peak) for plan in plans)])
     rows.append(["", *(MOMENTS.get(plan.memory.at, plan.memory.at) for plan in plans)])
-    rows.append(["  fits", *("yes" if way.fits else "NO" for way in ways)])
+    rows.append(["  fits", *("barely" if way.barely else "yes" if way.fits else "NO" for way in ways)])
     rows += [[f"at most {MOMENTS.get(name, name)}", *(shown(_at(plan, name)) for plan in plans)] for name in moments]
     kept = partial(_activations, device=answer.hardware.kind)
     rows += [[f"activations {word}", *(shown(kept(plan, on)) for plan in plans)] for word, on in KEPT.items()]
@@ -346,7 +348,8 @@ def _reasons(answer: Answer) -> Iterator[str]:
     if best is None:
         return
     if best is choice.configured:
-        yield f"as configured is best: it fits, and no way that fits is quicker; {_bound(best)}"
+        free = f" barely, with less than {SPARE:.0%} of a rank's memory to spare" if best.barely else ""
+        yield f"as configured is best: it fits{free}, and no way that fits is quicker; {_bound(best)}"
     else:
         yield f"best: {best.words()}: {_beside(best, choice.configured)}; {_bound(best)}"
     for name, way in answer.ways.items():

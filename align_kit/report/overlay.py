@@ -21,14 +21,20 @@ COLUMNS = ("loss", "eval_loss", "reward", "eval_reward", "rewards/accuracies", "
 
 
 def report(argv: Sequence[str]) -> int:
-    """Carry out `align-kit report …` and return its exit code; raises `UserError` where a folder holds no run."""
+    """Carry out `align-kit report …` and return its exit code; raises `UserError` where no folder holds a run."""
     parser = argparse.ArgumentParser("align-kit report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="dir", help="output_dir of a run, or a folder of runs")
+    what = "output_dir of a run or of a comparison, or a folder of runs"
+    parser.add_argument("folders", nargs="+", type=Path, metavar="dir", help=what)
     where = f"page to write; default {run_folder.REPORT}, in the run's folder, of several runs in this one"
     parser.add_argument("--output", type=Path, help=where)
     given = parser.parse_args(list(argv))
-    records = [read(place) for folder in given.folders for place in _runs_in(folder)]
-    return _told(records, given.output)
+    places = [place for folder in given.folders for place in _places_in(folder)]
+    without = [place for place in places if not _holds_run(place)]
+    if len(without) == len(places):
+        read(places[0])  # says what is missing there
+    if without:
+        log.say(f"left out, for they hold no run: {', '.join(map(str, without))}")
+    return _told([read(place) for place in places if place not in without], given.output)
 
 
 def _told(records: Sequence[Record], output: Path | None) -> int:
@@ -48,10 +54,23 @@ def _told(records: Sequence[Record], output: Path | None) -> int:
     return 0
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    """Return the run in `folder`, or those in the folders in it."""
-    inside = sorted(place.parent for place in folder.expanduser().glob(f"*/{run_folder.MANIFEST}"))
-    return [folder] if (folder / run_folder.MANIFEST).is_file() or not inside else inside
+def _places_in(folder: Path) -> list[Path]:
+    """Return where runs are: `folder`, or folders in it and, as a comparison has them, in these; itself for none."""
+    home = folder.expanduser()
+    if _has_manifest(home):
+        return [folder]
+    found = []
+    for place in sorted(home.glob("*")):
+        found += [place] if _has_manifest(place) else sorted(filter(_has_manifest, place.glob("*")))
+    return found or [folder]
+
+
+def _has_manifest(folder: Path) -> bool:
+    return (folder / run_folder.MANIFEST).is_file()
+
+
+def _holds_run(folder: Path) -> bool:
+    return "phase" in (run_folder.read_manifest(folder.expanduser()) or {})
 
 
 def _named(records: Sequence[Record]) -> dict[str, Record]:
