@@ -22,7 +22,8 @@ USAGE = """usage: align-kit check <recipe> [--config a.yaml ...] [--key value ..
 Looks at everything the run would stop at: options, output folder, models (every stored number), words, all rows of the
 data, and whether it fits on this machine. Nothing trains and no process group is joined. Exit code 2 at what is wrong,
 with one line for each part of the run; what is only suspicious is a warning."""
-MODELS = ("reference_model_name_or_path", "reward_model_name_or_path", "value_model_name_or_path")
+VALUE = "value_model_name_or_path"
+MODELS = {"reference_model_name_or_path": "lm", "reward_model_name_or_path": "score", VALUE: "score"}  # and their ends
 Part = tuple[str, Callable[[], str]]
 
 
@@ -62,7 +63,7 @@ def parts(recipe: Recipe, config: Config) -> Iterator[Part]:
     yield "options", lambda: _options(recipe, config)
     yield "output", lambda: _output(config)
     start = cache(lambda: alone.start_of(recipe, config))
-    yield "models", lambda: _models(config, start())
+    yield "models", lambda: _models(recipe, config, start())
     yield "data", lambda: _data(recipe, config, start())
     yield "plan", lambda: _plan(recipe, config, start())
 
@@ -85,24 +86,47 @@ def _output(config: Config) -> str:
     return f"{home.path} can be written{stands}"
 
 
-def _models(config: Config, start: Source) -> str:
+def _models(recipe: Recipe, config: Config, start: Source) -> str:
     from align_kit.models import load as models
-    from align_kit.models import source
+    from align_kit.models import source, stored
     from align_kit.plan.describe import asked
+    from align_kit.stages import alone
     from align_kit.stages.beginning import refuse_changed
 
     if config.model.model_name_or_path and not config.model.config_name:  # whose configuration was enough so far
         start = source.resolve(config.model.model_name_or_path, revision=config.model.model_revision)
-    named = [name for key in MODELS for name in _listed(asked(config, key))]
-    found: list[Source] = [start, *(source.resolve(name) for name in dict.fromkeys(named))]
-    whole = [one for model in found for one in (model, model.base) if one is not None and not one.random]
+    named = {name: key for key in MODELS for name in _listed(asked(config, key))}
+    beside = {source.resolve(name): key for name, key in named.items()}
+    words = alone.words_of(config, start)
+    for one, key in {start: "", **beside}.items():
+        model = _without_weights(one, MODELS.get(key, recipe.head), config)
+        if key in ("", VALUE):  # they read the words of the run
+            models.check_vocabulary(model, words, config.model.tokenizer_name or start.name)
+    found = [start, *beside]
+    whole = list(dict.fromkeys(one for model in found for one in (model, model.base) if one and not one.random))
     for one in whole:
         refuse_changed(one, source.digest(one))
-        models.check_complete(one)
-        models.check_values(one)
+        stored.check_values(one)
     size = sum(file.stat().st_size for one in whole for file in one.folder.glob("*.safetensors"))
     names = ", ".join(dict.fromkeys(one.name for one in found))
-    return f"{names}: {size / 1e6:,.1f} MB read, every number finite" if whole else f"{names}: random weights"
+    read = f"{size / 1e6:,.1f} MB read, every tensor there and every number finite"
+    return f"{names}: {read}" if whole else f"{names}: random weights"
+
+
+def _without_weights(one: Source, head: str, config: Config) -> Any:
+    """Return what a run would build of `one` or its base, on the meta device; refuse stored weights that do not fit."""
+    import torch
+
+    from align_kit.models.hollow import hollow, hollow_model
+    from align_kit.models.stored import check_fit
+
+    trusted = config.value("trust_remote_code")
+    if not one.random:
+        return check_fit(one.weights, head, trust_remote_code=trusted)
+    given = config.model.config_overrides
+    overrides = given if isinstance(given, dict) else None
+    with hollow(torch.float32):
+        return hollow_model(one, dtype=torch.float32, head=head, overrides=overrides, trust_remote_code=trusted)
 
 
 def _listed(value: Any) -> list[str]:

@@ -53,7 +53,7 @@ def hollow_model(
     config = load.load_config(source.weights, overrides, trust_remote_code=trust_remote_code)
     if head == "score":
         config.num_labels = 1
-    with load.naming(source):
+    with load.naming(source, (Exception,)):
         model = load.auto_class(head).from_config(config, **how.options())
     model.name_or_path = source.weights.reference
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +176,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Any]]:
     for name, entry, file, start in sorted(found, key=lambda item: item[0]):
         low, high = entry["data_offsets"]
         yield name, f"{entry['dtype']}{entry['shape']}", views[file][start + low : start + high]
+
+
+def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in safetensors files, by name; their headers alone are read."""
+    return {name: tuple(entry["shape"]) for file in files for name, entry in _header(file)[1].items()}
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
