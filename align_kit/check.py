@@ -70,10 +70,13 @@ def parts(recipe: Recipe, config: Config) -> Iterator[Part]:
 
 def _options(recipe: Recipe, config: Config) -> str:
     """Build the real training arguments, and let the method look at them."""
-    args = config.training_arguments(deepspeed=None, bf16=False, fp16=False, use_cpu=True)
-    recipe.trainer_class().check(args)
+    recipe.trainer_class().check(_arguments(config))
     given = [name for name, where in config.origin.items() if where == "command line"]
     return f"{len(config.origin)} set, {len(given)} of them on the command line"
+
+
+def _arguments(config: Config) -> Any:
+    return config.training_arguments(deepspeed=None, bf16=False, fp16=False, use_cpu=True)
 
 
 def _output(config: Config) -> str:
@@ -138,11 +141,15 @@ def _data(recipe: Recipe, config: Config, start: Source) -> str:
     from align_kit.plan.describe import Asked
     from align_kit.stages import alone
     from align_kit.stages.data import wanted
+    from align_kit.trainers.base import Known
 
     found = prepare(wanted(recipe, config, Asked(config)), alone.words_of(config, start))
     for split in filter(None, (found.train, found.eval)):
         for warning in split.warnings:
             log.warn(warning)
+    if not recipe.values:  # there it follows from the policy too, which is not loaded here
+        known = Known(found.train.rows, None, config.given, None, lambda phase: None)
+        recipe.trainer_class().derive(_arguments(config), known)  # which warns of rows that teach nothing
     return found.train.sentence()
 
 

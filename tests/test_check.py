@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from align_kit.check import check
 from align_kit.errors import UserError
 from tests.harness import Ranks
 from tests.small import lab_of, make_rows, words, write_rows
-from tests.test_preflight import flip, harmed
+from tests.test_preflight import MODELS, flip, harmed
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,73 @@ def test_everything_wrong_is_told_at_once(
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " wrong: " in line}
     assert "unknown loss_type" in told["options"] and "/proc/out cannot be written" in told["output"]
     assert "is no weight but a damaged file" in told["models"] and "8 of 8 rows" in told["data"]
+
+
+UNFIT = (
+    "a tensor missing", "a tensor of another shape", "fewer words than embeddings", "words beyond the embedding",
+    "an empty tokenizer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_that_a_run_refuses_is_refused(
+    name: str, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same line that ends a run (tests/test_preflight.py), in the part about models."""
+    lab = lab_of(ranks)
+    harm, _, line = MODELS[name]
+    model = shutil.copytree(lab.model, tmp_path / "model")
+    harm(model)
+    with pytest.raises(UserError, match="would stop at models"):
+        check(["sft", *words(lab.options("sft", model_name_or_path=model, output_dir=tmp_path / "out"))])
+    assert re.search(f" models    wrong: .*{line}", capsys.readouterr().out)
+
+
+def test_models_beside_the_policy_are_held_against_what_they_describe(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reference ends in words, a reward model in a score of its own, a value model in a fresh one."""
+    lab = lab_of(ranks)
+    output = {"output_dir": tmp_path / "out"}
+    scored = {"reward_funcs": None, "reward_model_name_or_path": [lab.scorer], "value_model_name_or_path": lab.model}
+    assert check(["ppo", *words(lab.options("ppo", **scored, **output))]) == 0
+    assert check(["reward", *words(lab.options("reward", **output))]) == 0
+    torn = shutil.copytree(lab.model, tmp_path / "torn")
+    MODELS["a tensor missing"][0](torn)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="would stop at models"):
+        check(["dpo", *words(lab.options("dpo", reference_model_name_or_path=torn, **output))])
+    assert f"wrong: {torn} lacks 1 tensors of its configuration" in capsys.readouterr().out
+
+
+def test_an_adapter_is_checked_with_its_base(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = lab_of(ranks)
+    adapter = shutil.copytree(lab.train("sft", world_size=1, use_peft=True).folder, tmp_path / "adapter")
+    options = words(lab.options("sft", model_name_or_path=adapter, use_peft=True, output_dir=tmp_path / "out"))
+    assert check(["sft", *options]) == 0
+    torn = shutil.copytree(lab.model, tmp_path / "torn")
+    MODELS["a tensor missing"][0](torn)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": str(torn)}))
+    (adapter / "manifest.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(UserError, match="would stop at models"):
+        check(["sft", *options])
+    assert f"wrong: {torn} lacks 1 tensors of its configuration" in capsys.readouterr().out
+
+
+def test_labels_that_are_all_the_same_are_warned_of(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = lab_of(ranks)
+    rows = [{**row, "label": True} for row in make_rows("binary", 8)]
+    data = [{"path": write_rows(tmp_path / "rows.jsonl", rows)}]
+    assert check(["kto", *words(lab.options("kto", datasets=data, output_dir=tmp_path / "out"))]) == 0
+    assert "8 desirable and 0 undesirable rows" in capsys.readouterr().err
+    assert check(["kto", *words(lab.options("kto", output_dir=tmp_path / "out"))]) == 0
+    assert "undesirable rows" not in capsys.readouterr().err
 
 
 def test_a_configuration_is_no_model(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,33 @@ def test_an_adapter_and_a_separate_reference_are_allowed_where_asked_for() -> No
     assert config.run.reference_model_name_or_path == "x"
 
 
+WEIGHED = "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.2]\n"
+
+
+def test_weights_go_with_the_losses_they_were_given_for(yaml_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = f"--config {yaml_file(WEIGHED)}"
+    config = loaded("dpo", f"{recipe} --loss_type ipo sft")
+    assert config.value("loss_weights") is None and "loss_type (command line)" in config.origin["loss_weights"]
+    assert "loss_weights follows from loss_type (command line), not as in a.yaml:2" in capsys.readouterr().err
+    assert loaded("dpo", f"{recipe} {yaml_file('loss_type: hinge', 'b.yaml')}").value("loss_weights") is None
+    capsys.readouterr()
+    for same in ("--loss_type sigmoid sft", "--loss_weights 1.0 0.2", "--beta 0.3"):
+        assert loaded("dpo", f"{recipe} {same}").value("loss_weights") == [1.0, 0.2]
+    assert loaded("dpo", f"{recipe} --loss_type ipo --loss_weights 0.5").value("loss_weights") == [0.5]
+    assert not capsys.readouterr().err
+
+
+def test_losses_that_there_are_not_are_said_before_their_number() -> None:
+    from align_kit.config.check import PAIR_LOSSES
+    from align_kit.losses import DPO_LOSSES
+
+    message = refusal("dpo", "--loss_type sigmoidd --loss_weights 1 2")
+    first, _, second = message.partition("(2) ")
+    assert "unknown loss_type 'sigmoidd'" in first and "did you mean 'sigmoid'?" in first
+    assert "loss_weights has 2 numbers for 1 losses" in second and "loss_weights: command line" in second
+    assert set(PAIR_LOSSES) == set(DPO_LOSSES)
+
+
 def test_later_files_win_and_the_command_line_wins_over_them(yaml_file: Any) -> None:
     first = yaml_file("beta: 0.1\nseed: 1\nlearning_rate: 5e-7\ndatasets:\n  - path: a\n  - path: b\n")
     second = yaml_file("# later\nseed: 2\ndatasets: [{path: c}]\n", "b.yaml")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from align_kit.errors import UserError
-from align_kit.models import load, lora, source
+from align_kit.models import load, lora, source, stored
+from tests.families import FAMILIES, tiny
 from tests.small import write_model
+from tests.test_models_moe import MIXTURES, build
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,64 @@ def test_a_model_without_one_of_its_tensors_is_refused(model: Path, tmp_path: Pa
     save_file(tensors, torn / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=name):
         policy(torn)
+
+
+HEADLESS = ("cohere", "granite", "olmoe")  # of which transformers has no sequence classifier
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"mixture {name}" for name in MIXTURES)])
+def test_whatever_transformers_does_as_it_loads_no_sound_model_is_refused(family: str, tmp_path: Path) -> None:
+    """Tied heads, experts stored one by one, weights that are split: none of them is missing or of another shape."""
+    name = family.removeprefix("mixture ")
+    made = build(name) if family != name else tiny(name)
+    made.save_pretrained(tmp_path)
+    for head in ("lm", "score")[: 1 if name in HEADLESS else 2]:
+        described = stored.check_fit(source.resolve(str(tmp_path)), head)
+        assert all(parameter.is_meta for parameter in described.parameters())
+
+
+@pytest.mark.parametrize(("act", "message"), [
+    (lambda tensors, name: tensors.pop(name), "cannot be loaded: "),
+    (lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}), "cannot be loaded: "),
+])  # fmt: skip
+def test_experts_that_cannot_be_joined_are_refused(tmp_path: Path, act: Any, message: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    build("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    act(tensors, next(name for name in tensors if "experts.1." in name))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        policy(tmp_path)
+
+
+def test_weights_under_a_name_that_is_not_read_are_refused(model: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(model, tmp_path / "renamed")
+    (place / "model.safetensors").rename(place / "weights.safetensors")
+    with pytest.raises(UserError, match="holds neither model.safetensors nor model.safetensors.index.json"):
+        policy(place)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": 33}, "hidden size .33. is not a multiple"),
+    ({"model_type": 7}, "cannot be loaded: "),
+])  # fmt: skip
+def test_a_configuration_that_transformers_refuses_is_one_line(
+    model: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    place = shutil.copytree(model, tmp_path / "odd")
+    written = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**written, **change}))
+    with pytest.raises(UserError, match=message):
+        load.load_config(source.resolve(str(place), random=True), None)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"version": "1.0", "added_tokens": [], "model": {"type": "Odd"}}', "{"])
+def test_a_tokenizer_that_is_none_is_one_line(model: Path, tmp_path: Path, text: str) -> None:
+    place = shutil.copytree(model, tmp_path / "odd")
+    (place / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="^the tokenizer of .* cannot be loaded: "):
+        load.load_tokenizer(source.resolve(str(place)))
 
 
 def test_not_a_number_in_the_weights_is_refused(model: Path, tmp_path: Path) -> None:

@@ -154,12 +154,25 @@ def drop(tensors: dict[str, torch.Tensor], name: str) -> None:
     del tensors[name]
 
 
+def cut(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:-1].clone()
+
+
 def put_nan(tensors: dict[str, torch.Tensor], name: str) -> None:
     tensors[name][0, 0] = float("nan")
 
 
 def flip(tensors: dict[str, torch.Tensor], name: str) -> None:
     tensors[name].view(torch.int32)[0, 0] ^= 1 << 30
+
+
+def told_of_fewer_words(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+
+
+def with_an_empty_tokenizer(place: Path) -> None:
+    (place / "tokenizer.json").write_text("{}")
 
 
 def without_tokenizer(place: Path) -> None:
@@ -188,6 +201,15 @@ def with_a_template_that_says_nothing(place: Path) -> None:
 
 MODELS: dict[str, tuple[Callable[[Path], None], Rows, str]] = {
     "a tensor missing": (harmed(drop), ANSWERS, r"lacks 1 tensors of its configuration \(model.layers.0.mlp.gate_proj"),
+    "a tensor of another shape": (
+        harmed(cut), ANSWERS,
+        r"holds in another shape 1 tensors of its configuration \(model.layers.0.mlp.gate_proj.weight is \[63, 32\], "
+        r"wanted is \[64, 32\]\); ",
+    ),
+    "fewer words than embeddings": (
+        told_of_fewer_words, ANSWERS, r"\(model.embed_tokens.weight is \[336, 32\], wanted is \[300, 32\]\); "
+    ),
+    "an empty tokenizer": (with_an_empty_tokenizer, ANSWERS, r"the tokenizer of \S+ cannot be loaded: KeyError: "),
     "NaN": (harmed(put_nan), ANSWERS, r"holds NaN or infinity in model.layers.0.mlp.gate_proj.weight; copy or downl"),
     "a flipped bit": (harmed(flip), ANSWERS, r"holds \d.\de\+\d+ in model.layers.0.mlp.gate_proj.weight, which is no "),
     "no tokenizer": (without_tokenizer, ANSWERS, r"has no tokenizer files; give --tokenizer_name$"),

@@ -242,10 +242,22 @@ def _model_start(config: Config) -> Iterator[str]:
 
 
 def _loss(config: Config) -> Iterator[str]:
-    """Weights that do not match the losses they weigh."""
+    """Weights that do not match the losses they weigh; of losses that there are not, that is said first."""
     weights, losses = config.training.get("loss_weights"), config.training.get("loss_type", ["sigmoid"])
-    if weights is not None and isinstance(losses, list) and len(weights) != len(losses):
-        yield f"loss_weights has {len(weights)} numbers for {len(losses)} losses ({', '.join(losses)}); give one each"
+    if weights is None or not isinstance(losses, list) or len(weights) == len(losses):
+        return
+    strangers = [name for name in losses if name not in PAIR_LOSSES]
+    yield from (str(unknown("loss_type", name, PAIR_LOSSES)) for name in strangers)
+    yield (
+        f"loss_weights has {len(weights)} numbers for {len(losses)} losses ({', '.join(losses)}); give one each "
+        f"(loss_weights: {config.origin['loss_weights']}, loss_type: {config.origin.get('loss_type', 'the default')})"
+    )
+
+
+PAIR_LOSSES = (  # those of `losses.pairwise`, which needs torch
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 
 def _limits(config: Config) -> Iterator[str]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from align_kit import log
 from align_kit.config import check, merge, show
 from align_kit.config.command_line import layer, split
 from align_kit.config.fields import DataFields, DatasetFields, ModelFields, RunFields
@@ -52,6 +53,9 @@ def load(recipe: Row, argv: Sequence[str], *, defaults: Path | None = None) -> C
     values, origin, problems = merge.merge([*layers, layer(line, keys)], keys, recipe.name)
     if problems:
         raise UserError(_together(problems))
+    for name, owner in merge.BELONGS_TO.items():
+        if (why := origin.get(name, "")).startswith(f"{owner} ("):
+            log.warn(f"{name} follows from {why}: each weighs 1; give {name} to say otherwise")
     config = _grouped(recipe, values, origin, env)
     if contradictions := check.contradictions(config):
         raise UserError(_together(contradictions))

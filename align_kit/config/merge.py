@@ -25,6 +25,9 @@ ALTERNATIVES: dict[tuple[str, str], str] = {
     ("fp16", "bf16"): "drop one",
 }
 
+# Keys that mean something beside one value of another key only: weights were given for the losses they weigh.
+BELONGS_TO = {"loss_weights": "loss_type"}
+
 
 def merge(
     layers: Iterable[Layer], keys: Mapping[str, Key], phase: str
@@ -38,6 +41,7 @@ def merge(
     problems: list[str] = []
     for layer in layers:
         _displace(layer, values, origin)
+        before = dict(values)
         for name, raw in layer.values.items():
             where = layer.places.get(str(name), "YAML")
             try:
@@ -46,6 +50,7 @@ def merge(
                 problems.append(f"{name} ({where}) {misfit}")
                 continue
             values[str(name)], origin[str(name)] = value, where
+        _orphan(layer, before, values, origin)
     return values, origin, problems
 
 
@@ -56,6 +61,14 @@ def _displace(layer: Layer, values: dict[str, Any], origin: dict[str, str]) -> N
             if layer.values.get(name) not in OFF and other not in layer.values:
                 values.pop(other, None)
                 origin.pop(other, None)
+
+
+def _orphan(layer: Layer, before: Mapping[str, Any], values: dict[str, Any], origin: dict[str, str]) -> None:
+    """Take back what earlier sources gave for a value that this one replaces; the key then follows from the other."""
+    for name, owner in BELONGS_TO.items():
+        changed = owner in layer.values and values.get(owner) != before.get(owner)
+        if changed and before.get(name) is not None and name not in layer.values:
+            values[name], origin[name] = None, f"{owner} ({origin[owner]}), not as in {origin[name]}"
 
 
 def _checked(name: str, raw: Any, keys: Mapping[str, Key], phase: str) -> Any:

@@ -17,11 +17,11 @@ OF_FILES = (ValueError, OSError)  # what transformers raises of a folder whose f
 
 
 @contextmanager
-def naming(source: Source, kinds: tuple[type[Exception], ...] = OF_FILES) -> Iterator[None]:
+def naming(source: Source, kinds: tuple[type[Exception], ...] = OF_FILES, *, part: str = "") -> Iterator[None]:
     """Turn what transformers cannot load, code of the model's own that is not trusted included, into one line.
 
     Where nothing but files is read, or nothing takes memory, any error is of these files (`kinds` is `Exception`):
-    libraries raise what they come across in them. A `UserError` is a line already.
+    libraries raise what they come across in them. A `UserError` is a line already. `part` says what of it, if not all.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def naming(source: Source, kinds: tuple[type[Exception], ...] = OF_FILES) -> Ite
             reason = "it comes with code of its own; read that, then give --trust_remote_code true"
         elif not isinstance(error, OF_FILES):  # `'model'` says too little
             reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"{source.name} cannot be loaded: {reason[:200]}") from None
+        raise UserError(f"{part}{source.name} cannot be loaded: {reason[:200]}") from None
 
 
 def load_config(source: Source, overrides: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> Any:

@@ -33,7 +33,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     folder = next((f for f in places if any(f.glob("tokenizer*")) or any(f.glob("*.model"))), None)
     if folder is None:
         raise UserError(f"{source.name} has no tokenizer files; give --tokenizer_name")
-    with naming(source, (Exception,)):
+    with naming(source, (Exception,), part="the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source.name} has no EOS token; set eos_token in its tokenizer_config.json")
