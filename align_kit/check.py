@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 USAGE = """usage: align-kit check <recipe> [--config a.yaml ...] [--key value ...]
 
-Looks at everything the run would stop at: options, output folder, models (every stored number), words, all rows of the
-data, and whether it fits on this machine. Nothing trains and no process group is joined. Exit code 2 at what is wrong,
-with one line for each part of the run; what is only suspicious is a warning."""
+Looks at everything the run would stop at: options, output folder, models (names, shapes and numbers as stored), words,
+all rows of the data, and whether it fits on this machine. Nothing trains and no process group is joined. Exit code 2 at
+what is wrong, with one line for each part of the run; what is only suspicious is a warning."""
 VALUE = "value_model_name_or_path"
 MODELS = {"reference_model_name_or_path": "lm", "reward_model_name_or_path": "score", VALUE: "score"}  # and their ends
 Part = tuple[str, Callable[[], str]]

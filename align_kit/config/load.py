@@ -3,8 +3,9 @@
 The rule: `recipes/<phase>.yaml` is read where no `--config` is given; `--config a.yaml b.yaml` replaces it, and of the
 files named the later wins, key by key (a list or a mapping is replaced whole). The command line wins over every file.
 Two keys that say one thing (`dataset_name` and `datasets`, see `merge.ALTERNATIVES`) count as one key here: the later
-source's wins, both in one source are a contradiction. Underneath lie align_kit's own defaults, and under those TRL's.
-`recipes/lora.yaml` is an overlay: name the recipe's file before it. Every mistake in every source is reported together.
+source's wins, both in one source are a contradiction. What was given for a value that a later source replaces goes with
+it (`merge.BELONGS_TO`). Underneath lie align_kit's own defaults, and under those TRL's. `recipes/lora.yaml` is an
+overlay: name the recipe's file before it. Every mistake in every source is reported together.
 """
 
 from __future__ import annotations
