@@ -86,6 +86,14 @@ def test_columns_are_named_and_reached_into():
     assert converted(row, **shape)[1] == {"prompt": "question", "completion": "a"}
 
 
+def test_content_of_text_parts_is_the_text_they_make_together():
+    parts = [{"type": "text", "text": "2 + 2"}, {"type": "text", "text": "?"}]
+    row = {"messages": [{"role": "user", "content": parts}, assistant("4 \U0001f600")]}
+    assert converted(row)[1] == {"messages": [user("2 + 2?"), assistant("4 \U0001f600")]}
+    seen = {"messages": [{"role": "user", "content": [*parts, {"type": "image"}]}, assistant("4")]}
+    assert converted(seen)[1] == seen  # a template that knows parts says what becomes of them
+
+
 def test_prompt_templates():
     row = {"prompt": "p {x}", "completion": "c"}
     plain = converted(row, format="prompt_completion", prompt_template="Q: {prompt}\nA: ")[1]
@@ -103,6 +111,13 @@ BAD_ROWS = [
     ({"messages": [{"role": "user", "content": None}]}, {}, "user message in messages has no content"),
     ({"prompt": "p", "completion": "c", "label": "maybe"}, {}, "label must be true or false"),
     ({"conversations": [{"from": "function_call", "value": "no"}]}, {}, "not JSON"),
+    ({"prompt": "p", "completion": "a \ud800 b"}, {}, r"row 1: completion holds half a character \(\\ud800\)"),
+    ({"messages": [user("p"), assistant("\ude00")]}, {}, "row 1: messages holds half a character"),
+    ({"prompt": "p", "tools": '[{"name": "\\udc00"}]'}, {}, "row 1: tools holds half a character"),
+    ({"prompt": "p", "tools": [{"\udc00": 1}]}, {}, "row 1: tools holds half a character"),
+    ({"chosen": [user("a"), assistant("c")], "rejected": [user("b"), assistant("c")]}, {},
+     "row 1: chosen and rejected share no first message .* give a prompt column"),
+    ({"chosen": [assistant("c")], "rejected": [assistant("d")]}, {}, "row 1: chosen and rejected share no first"),
 ]
 
 

@@ -83,10 +83,14 @@ def test_any_row_that_json_holds_comes_back(tmp_path_factory: pytest.TempPathFac
     assert [json.loads(line) for line in lines[:-1]] == rows and lines[-1] == b""
 
 
-def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
-    row = {"text": "broken \ud83d emoji"}
-    write_made(tmp_path / "set", made_set(phases=("pretrain",), format="text"), {"train": [row]})
+def test_half_a_surrogate_pair_is_kept_beside_what_is_trained_on_and_refused_in_it(tmp_path: Path) -> None:
+    row = {"text": "whole", "note": "broken \ud83d emoji"}
+    given = made_set(phases=("pretrain",), format="text")
+    write_made(tmp_path / "set", given, {"train": [row]})
     assert json.loads((tmp_path / "set" / "train.jsonl").read_bytes()) == row
+    with pytest.raises(UserError, match=r"train, row 2: text holds half a character \(.ud83d\)"):
+        write_made(tmp_path / "other", given, {"train": [row, {"text": "broken \ud83d emoji"}]})
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_card_tells_rows_digests_and_origin(tmp_path: Path) -> None:

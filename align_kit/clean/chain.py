@@ -22,7 +22,7 @@ from align_kit.clean.rules import Rule, broken, cut
 from align_kit.clean.screen import Screen
 from align_kit.clean.source import Batch, Raw, Source
 from align_kit.clean.words import row_digest, tokens
-from align_kit.data import read, shapes, weights
+from align_kit.data import read, weights
 from align_kit.data.shapes import KIND_COLUMNS, Row
 from align_kit.errors import UserError
 
@@ -134,13 +134,9 @@ def _read(plan: Plan, source: Source, batch: Batch, judged: Judged) -> Iterator[
 
 
 def _canonical(given: Row, plan: Plan, source: Source, number: int) -> Row:
-    where = source.where(number)
-    try:
-        kind, row = next(shapes.converted([given], source.shape, where))
-    except UserError as error:  # it counts the rows it is given: always the first
-        raise UserError(str(error).replace(f"{where}, row 1:", f"{where}:", 1)) from None
+    kind, row = source.canonical(number, given)
     if kind != plan.kind:
-        raise UserError(f"{where}: a {kind} row among {plan.kind} rows; split the file by kind")
+        raise UserError(f"{source.where(number)}: a {kind} row among {plan.kind} rows; split the file by kind")
     return {**row, **{name: given[name] for name in plan.columns if name in given and name not in row}}
 
 

@@ -14,7 +14,7 @@ from align_kit.clean.chain import Plan
 from align_kit.clean.overlap import Held, Overlap
 from align_kit.clean.screen import Screen
 from align_kit.clean.source import Source
-from align_kit.data import read, shapes
+from align_kit.data import read
 from align_kit.data.shapes import Shape
 from align_kit.errors import UserError, unknown
 
@@ -210,6 +210,6 @@ def _texts(one: Source) -> Iterator[Held]:
     for number, raw in one.rows():
         where = one.where(number)
         row = raw if isinstance(raw, dict) else read.parse_line(raw, where)
-        kind, canonical = next(shapes.converted([row], one.shape, where))
+        kind, canonical = one.canonical(number, row)
         for place, text in enumerate(parts.parts(kind, canonical)):
             yield Held(text, where, parts.is_question(kind, place))

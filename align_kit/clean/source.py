@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from align_kit.data.shapes import Row, Shape
 from align_kit.errors import UserError, unknown
 
 BATCH_ROWS, BATCH_BYTES = 512, 1 << 20  # what a worker is given at a time, whichever is reached first
+_TRIED = 100  # first rows, of which one must be readable
 _WORD = re.compile(r"(?P<path>[^\[\]]+)(\[(?P<split>.+)\])?")
 
 Raw = bytes | Row  # a line of JSON lines as it stands, or a row of another format
@@ -43,6 +44,14 @@ class Source:
         if self.file is None:
             return f"{self.name}, row {number}"
         return f"{self.file}, {'line' if self.file.suffix == '.jsonl' else 'row'} {number}"
+
+    def canonical(self, number: int, row: Row) -> tuple[str, Row]:
+        """Return a row's kind and its canonical form; raises UserError that names the row by its `number`."""
+        where = self.where(number)
+        try:
+            return next(shapes.converted([row], self.shape, where))
+        except UserError as error:  # it counts the rows it is given: always the first
+            raise UserError(str(error).replace(f"{where}, row 1:", f"{where}:", 1)) from None
 
     @property
     def size(self) -> int:
@@ -156,14 +165,17 @@ def _of_card(card: cards.Card, split: str) -> Source:
     return _source(name, split, limited, shape, card=card, file=file, licences=card.licences)
 
 
-def _source(name: str, split: str, rows: Callable[[], Rows], shape: Shape | None, **facts: Any) -> Source:
-    number, raw = next(rows(), (0, {}))
-    if not number:
-        raise UserError(f"{name}: no rows; check the split and the file")
-    row = raw if isinstance(raw, dict) else read.parse_line(raw, f"{name}, line {number}")
-    shape = shape or shapes.recognise(row)
-    kind, _ = next(shapes.converted([row], shape, name))
-    return Source(name, split, rows, shape, kind, **facts)
+def _source(name: str, split: str, rows: Callable[[], Rows], given: Shape | None, **facts: Any) -> Source:
+    """Return a source whose shape and kind are those of its first row that can be read: --bad-rows may drop others."""
+    refused: UserError | None = None
+    for number, raw in itertools.islice(rows(), _TRIED):
+        try:
+            row = raw if isinstance(raw, dict) else read.parse_line(raw, f"{name}, line {number}")
+            source = Source(name, split, rows, given or shapes.recognise(row), "", **facts)
+            return replace(source, kind=source.canonical(number, row)[0])
+        except UserError as error:
+            refused = refused or error
+    raise refused or UserError(f"{name}: no rows; check the split and the file")
 
 
 def _file_rows(file: Path, slices: Sequence[str]) -> Callable[[], Rows]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from align_kit.data.chains import Chains
 from align_kit.data.control import ControlTokens, Disguise
 from align_kit.data.report import TokeniseReport
+from align_kit.data.turns import short
 from align_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -301,7 +302,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _refused(messages: list[Row], error: Exception) -> UserError:
     roles = ", ".join(str(message.get("role")) for message in messages)
-    return UserError(f"the chat template refuses a conversation with the roles {roles}: {error}")
+    begins = f"; it begins {short(messages[0].get('content'))}" if messages else ""
+    return UserError(f"the chat template refuses a conversation with the roles {roles}: {error}{begins}")
 
 
 def common_prefix(ids: Ids, other: Ids) -> int:

@@ -19,7 +19,7 @@ from align_kit.cards import FORMAT_KINDS, PHASE_KINDS, Block
 from align_kit.data import weights
 from align_kit.data.chains import completion_of, trace_of
 from align_kit.data.reason import DEFAULT_TEMPLATE, ReasonTemplate, Trace
-from align_kit.data.turns import as_turns, boolean, conversation, decoded, string, turns_of
+from align_kit.data.turns import as_turns, boolean, check_whole, conversation, decoded, string, turns_of
 from align_kit.errors import UserError
 
 Row = dict[str, Any]
@@ -113,6 +113,7 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
             picker = _Picker(row, shape, reason)
             row_kind, canonical = reader(picker)
             canonical |= _weight(picker, row_kind)
+            check_whole(canonical)
         except _Missing as missing:
             raise UserError(f"{where}, row {number}: {missing.text(row)}") from None
         except (UserError, ValueError) as error:
@@ -272,6 +273,9 @@ def _preference(pick: _Picker) -> tuple[str, Row]:
         prompt = turns_of(prompt, "prompt")
     if prompt is None or (isinstance(prompt, str) and _holds_prompt(pair)):
         prompt, *pair = shared_prompt(*pair)
+        if prompt == []:
+            raise ValueError("chosen and rejected share no first message that could be their prompt; begin both with "
+                             "the same one, give a prompt column, or remove the row")  # fmt: skip
     else:
         chosen_prompt, chosen = _matched(prompt, pair[0])
         prompt, rejected = _matched(chosen_prompt, pair[1])

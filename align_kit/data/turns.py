@@ -44,7 +44,7 @@ def _message(turn: Row, name: str) -> Row:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str):
         raise ValueError(f"a message in {name} has no role: {short(turn)}")
-    content = turn["content"] if "content" in turn else turn.get("value")
+    content = _joined(turn["content"] if "content" in turn else turn.get("value"))
     rest = {key: item for key, item in turn.items() if key not in ("role", "from", "content", "value", "weight")}
     message = {"role": _ROLES.get(role, role), "content": content}
     if role == "function_call":
@@ -57,6 +57,20 @@ def _message(turn: Row, name: str) -> Row:
         raise ValueError(f"the content of a {role} message in {name} must be text, got {short(content)}")
     # Arrow fills absent keys with null; templates that ask "is defined" must not see them.
     return {**message, **{key: item for key, item in rest.items() if item is not None}}
+
+
+def _joined(content: Any) -> Any:
+    """Return parts that are all text as the one text that a chat template which knows parts makes of them.
+
+    Most templates know none. Parts of another type are left to the template, and to whoever trains on what it says.
+    """
+    if not isinstance(content, list) or not content or not all(map(_is_text, content)):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tool_calls(content: Any) -> list[Row]:
@@ -90,6 +104,33 @@ def boolean(value: Any) -> bool:
     if word not in ("true", "false", "1", "0"):
         raise ValueError(f"label must be true or false, got {short(value)}")
     return word in ("true", "1")
+
+
+def check_whole(row: Row) -> None:
+    """Raise ValueError for a text with half of a character, which JSON can spell and no tokenizer or table can take."""
+    for name, value in row.items():
+        if (half := _half(value)) is not None:
+            raise ValueError(
+                f"{name} holds half a character (\\u{ord(half):04x}), as text that is cut within an emoji does; mend it, "
+                "or remove the row as align-kit data clean --bad-rows drop does"
+            )
+
+
+def _half(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _half_in(value)
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((half for one in inner if (half := _half(one)) is not None), None)
+
+
+def _half_in(text: str) -> str | None:
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
 
 
 def short(value: Any) -> str:
