@@ -135,6 +135,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_source_without_a_weight_beside_others_is_said(three: list[str], tmp_path: Path, capsys) -> None:
+    first, second, third = three
+    assert mix(f"{first}:0.5", second, f"{third}:2", "--output", tmp_path / "some") == 0
+    said = capsys.readouterr().err
+    assert said == f"warning: {second}: no weight is given for it, and one for others; its weight is 1\n"
+    assert mix(first, second, "--output", tmp_path / "none") == 0
+    assert "weight" not in capsys.readouterr().err
+    assert mix(f"{first}:0.5", "card:sums_sft", "--output", tmp_path / "card") == 0
+    assert "card:sums_sft: no weight is given for it" in capsys.readouterr().err
+
+
 def test_rows_on_disk_are_found_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff" + '{"n": 0}\n\n{"n": 1}\r\n{"n": 2}', encoding="utf-8")

@@ -213,7 +213,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
 
 def test_a_refused_role_is_named(tmp_path):
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-    with pytest.raises(UserError, match="roles assistant: user first; it begins .4.$"):
+    with pytest.raises(UserError, match="roles assistant: user first; it begins .hello.$"):
         ours([{"messages": TURNS[1:2]}], "messages", chat_tokenizer(strict), tmp_path)
 
 

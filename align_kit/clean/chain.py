@@ -88,6 +88,7 @@ class Judged:
     cut: Counter[str] = field(default_factory=Counter)  # lines by the rule they broke
     personal: Counter[str] = field(default_factory=Counter)
     notices: int = 0
+    nowhere: int = 0  # rows that no block list can hold, where there is one
     lengths: list[list[tuple[int, int]]] = field(default_factory=list)  # of a survey: characters and words by part
     languages: Counter[str] = field(default_factory=Counter)
 
@@ -102,6 +103,8 @@ def judge(plan: Plan, sources: Sequence[Source], batch: Batch) -> Judged:
     """
     judged = Judged(batch.source, batch.size, rows=len(batch.rows))
     items = list(_read(plan, sources[batch.source], batch, judged))
+    if plan.screen.blocked:
+        judged.nowhere = sum(not screen.says_where(item.given) for item in items)
     for step in STEPS:
         if step is _poor:
             _cut_lines(plan, batch.source, items, judged.cut)

@@ -43,6 +43,7 @@ class Found:
     cut: Counter[str] = field(default_factory=Counter)
     personal: Counter[str] = field(default_factory=Counter)
     notices: int = 0
+    nowhere: int = 0  # rows that do not say where they are from, where a block list asks
     twins: dict[int, tuple[int, float]] = field(default_factory=dict)
     across: int = 0
     lengths: list[NDArray[np.int64]] = field(default_factory=list)  # (rows, parts, 2): characters and words
@@ -117,6 +118,7 @@ class Cleaning:
         found.cut += judged.cut
         found.personal += judged.personal
         found.notices += judged.notices
+        found.nowhere += judged.nowhere
         found.languages += judged.languages
         for number, hit, row in judged.hits:
             found.dropped[hit.step, hit.rule] += 1

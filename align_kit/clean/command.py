@@ -34,6 +34,7 @@ def clean(words: Sequence[str]) -> int:
     given = options.clean_words().parse_args(list(words))
     folder = given.output.resolve()
     name = given.name or folder.name
+    made.check_name(name)
     made.check_free(folder, overwrite=given.overwrite)
     asked = options.asked(given)
     _keep_apart(folder, asked.sources)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from align_kit.errors import UserError
+from align_kit.errors import UserError, unknown
 
+_NEEDED = "--language needs py3langid, which is not installed; pip install 'align-kit[language]'"
 _ENOUGH = 2000  # characters: more do not change the answer, and cost time
 
 
@@ -19,9 +20,21 @@ def language_of(text: str, *, needed: bool = True) -> str | None:
     classify = _classifier()
     if classify is None:
         if needed:
-            raise UserError("--language needs py3langid, which is not installed; pip install 'align-kit[language]'")
+            raise UserError(_NEEDED)
         return None
     return str(classify(text[:_ENOUGH])[0])
+
+
+def checked(code: str) -> str:
+    """Return the code of a language as it is told here; raises UserError for one that never is."""
+    if _classifier() is None:
+        raise UserError(_NEEDED)
+    from py3langid import rank
+
+    known = {str(name) for name, _ in rank("")}
+    if code.lower() not in known:
+        raise unknown("language", code, known, show=len(known))
+    return code.lower()
 
 
 @functools.cache

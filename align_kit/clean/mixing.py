@@ -16,7 +16,7 @@ from align_kit import cards, log
 from align_kit.data import load, shapes
 from align_kit.data.digest import rows_digest
 from align_kit.data.lines import JsonLines
-from align_kit.data.made import MadeSet, check_free, write_made
+from align_kit.data.made import MadeSet, check_free, check_name, write_made
 from align_kit.data.mix import Stream, mixed, passes, sizes_of
 from align_kit.data.mixture import Asked, Shares, figures, resolve
 from align_kit.data.shapes import Row, Shape
@@ -26,7 +26,7 @@ DESCRIPTION = """Write a mixture of data sets, interleaved so that every stretch
 --rows it is the largest in which no source gives more than its rows, or its --epochs. Files of JSON lines are read row
 by row, so they may be larger than memory; others are held in it."""
 SOURCE = """card:<name> or a file, with an optional split and weight: my.jsonl:0.7, card:gsm8k[test]:0.3; without
-weights and --temperature all of all"""
+weights and --temperature all of all; one without a weight beside others that have one has its card's, else 1"""
 _WORD = re.compile(r"(?P<path>.+?)(\[(?P<split>.+)\])?(:(?P<weight>[-+]?\d*\.?\d+([eE][-+]?\d+)?))?")
 HEAD = ("source", "rows", "asked", "realised", "taken", "epochs", "never seen", "")
 
@@ -82,6 +82,7 @@ def mix_command(words: Sequence[str]) -> int:
     for place, one in enumerate(named):
         if one.shown in [other.shown for other in named[:place]]:
             raise UserError(f"{one.shown} is named twice; name it once, and let --epochs repeat it")
+    check_name(_name(given))
     check_free(given.output, overwrite=given.overwrite)
     with contextlib.ExitStack() as files:
         _mix(given, ["align-kit", "data", "mix", *words], [_opened(word, cards.data_home(), files) for word in named])
@@ -106,6 +107,10 @@ def _mix(given: argparse.Namespace, command: Sequence[str], sources: Sequence[So
     card = write_made(given.output, made, {"train": rows}, overwrite=given.overwrite)
     print(_text(table))
     print(f"{sum(sizes)} {made.format} rows in {card.parent}; train on them with path: {card}")
+
+
+def _name(given: argparse.Namespace) -> str:
+    return str(given.name or given.output.resolve().name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -277,12 +282,20 @@ def _shown_on_a_terminal(rows: Iterable[Row], count: int) -> Iterable[Row]:
 
 def _warnings(sources: Sequence[Source], sizes: Sequence[int]) -> list[str]:
     found = [line for one in sources if one.card for line in one.card.warnings()]
+    if any(one.word.weight is not None for one in sources):
+        found += [_unweighted(one) for one in sources if one.word.weight is None]
     found += [
         f"{one.word.shown}: its share is less than one row, so none of its rows is used"
         for one, size in zip(sources, sizes, strict=True)
         if not size
     ]
     return list(dict.fromkeys(found))
+
+
+def _unweighted(one: Source) -> str:
+    weight = _card_weight(one)
+    taken = "1" if weight is None else f"its card's, {weight:g}"
+    return f"{one.word.shown}: no weight is given for it, and one for others; its weight is {taken}"
 
 
 def _made(
@@ -293,7 +306,7 @@ def _made(
     licences = [licence for one in sources for licence in (one.card.licences if one.card else ("unknown",))]
     checkers = {one.card.block.checker if one.card else None for one in sources}
     return MadeSet(
-        name=given.name or given.output.resolve().name,
+        name=_name(given),
         pretty_name=f"Mixture of {', '.join(one.word.shown for one in sources)}",
         licences=tuple(dict.fromkeys(licences)),
         phases=[phase for phase, kinds in cards.PHASE_KINDS.items() if kind in kinds and phase != "eval"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from align_kit import cards
-from align_kit.clean import parts, rules, screen, source
+from align_kit.clean import language, parts, rules, screen, source
 from align_kit.clean.chain import Plan
 from align_kit.clean.overlap import Held, Overlap
 from align_kit.clean.screen import Screen
@@ -121,23 +121,33 @@ def asked(given: argparse.Namespace, *, survey: bool = False) -> Asked:
     for name in rules.sources_named(given.rules):
         if name not in [one.name for one in sources]:
             raise unknown(f"source in {given.rules}, below 'for',", name, [one.name for one in sources])
+    columns = tuple(filter(None, getattr(given, "keep_columns", "").split(",")))
+    _check_there(columns, sources)
     plan = Plan(
         kind=source.one_kind(sources),
         rules=tuple(rules.load_rules(filters, given.rules, one.name) for one in sources),
         screen=_screen(given),
         harmful=tuple(_harmful(word) for word in given.harmful),
         against=tuple(_evaluation(word) for word in given.against),
-        language=given.language,
+        language=None if given.language is None else language.checked(given.language),
         mask=given.pii == "mask",
         near="near" in dedup,
         threshold=given.threshold,
         seed=given.seed,
-        columns=tuple(filter(None, getattr(given, "keep_columns", "").split(","))),
+        columns=columns,
         lenient=given.bad_rows == "drop",
         keep_dropped=getattr(given, "keep_dropped", False),
         survey=survey,
     )
     return Asked(sources, plan, "exact" in dedup, tuple(index.name for index in plan.against))
+
+
+def _check_there(columns: Sequence[str], sources: Sequence[Source]) -> None:
+    """Raise UserError for a column that none of the first rows has: a misspelt one would be lost without a word."""
+    there = {name for one in sources for name in source.columns_of(one)} if columns else set()
+    for column in columns:
+        if column not in there:
+            raise unknown(f"column of the first {source.BATCH_ROWS} rows, --keep-columns", column, there)
 
 
 def _listed(option: str, words: str, known: Sequence[str]) -> list[str]:

@@ -53,6 +53,11 @@ class Screen:
         return next((entry for entry in (place, *above) if entry in self.blocked), None)
 
 
+def says_where(row: Row) -> bool:
+    """Tell whether a row says where it is from, without which no block list can hold it."""
+    return any(_values(row, SOURCE_COLUMNS))
+
+
 def notice(texts: Sequence[str]) -> str | None:
     """Return the first copyright notice in the texts."""
     found = (match for text in texts if _may_hold_notice(text) and (match := _NOTICE.search(text)))

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +134,19 @@ def _opened(word: str, given: Shape | None, default: str) -> Iterator[Source]:
         return
     name, *_ = cards.parse_slice(split)
     place = Path(path).expanduser()
-    for file in read.files_of(place, name):
+    for file in read.files_of(place, name, f"name the files, as {path}/*.jsonl"):
         if not place.is_dir() and match["split"] and name != default:
             raise UserError(f"{path}: a single file has only the split {default!r}, not {name!r}")
         yield _source(str(file), split, _file_rows(file, [split]), given, file=file)
+
+
+def columns_of(one: Source) -> set[str]:
+    """Return the columns of a source's first rows."""
+    found: set[str] = set()
+    for number, raw in itertools.islice(one.rows(), BATCH_ROWS):
+        with suppress(UserError):  # whether rows may be left out is said elsewhere
+            found.update(raw if isinstance(raw, dict) else read.parse_line(raw, one.where(number)))
+    return found
 
 
 def _of_card(card: cards.Card, split: str) -> Source:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align_kit import cards
-from align_kit.clean import rules
+from align_kit.clean import rules, screen
 from align_kit.clean.chain import NO_LINE
 from align_kit.clean.cleaning import EXACT, NEAR, Cleaning, Found
 from align_kit.clean.measures import STOP_WORDS
@@ -81,6 +81,9 @@ def _cut_lines(counted: Mapping[str, int]) -> str:
 def _doubts(found: Found, asked: Asked) -> Iterator[str]:
     """Yield why a user might not want what the rules did."""
     plan = asked.plan
+    if found.nowhere:
+        yield (f"{found.nowhere:,} of {found.rows:,} rows have none of {', '.join(screen.SOURCE_COLUMNS)}: the block "
+               "list could not screen them")  # fmt: skip
     if plan.language is not None and plan.language not in STOP_WORDS:
         yield f"no stop words are known for {plan.language}; the rule gopher.stop_words was not applied"
     if plan.kind != "text" and _asked_for(asked, cuts=True):

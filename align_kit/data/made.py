@@ -134,7 +134,7 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
 def check_name(name: str) -> None:
     """Raise UserError for a name that no card can have; a command asks before it starts to work."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == "README":
-        raise UserError(f"cannot name a card {name!r}; use letters, digits, _, - and .")
+        raise UserError(f"cannot name a card {name!r}; use letters, digits, _, - and . (--name sets it)")
 
 
 def _is_made(card: Path) -> bool:

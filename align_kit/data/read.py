@@ -189,15 +189,18 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 SUFFIXES = ", ".join([*_READERS, ".txt"])
 
 
-def files_of(path: Path, split: str) -> list[Path]:
-    """Return the files a path stands for: itself, or a folder's `<split>.<suffix>` or `<split>-*.<suffix>`."""
+def files_of(path: Path, split: str, advice: str = "name one in data_files") -> list[Path]:
+    """Return the files a path stands for: itself, or a folder's `<split>.<suffix>` or `<split>-*.<suffix>`.
+
+    `advice` is how a file of another name can be given.
+    """
     if not path.is_dir():
         return [path]
     data = sorted(item for item in path.iterdir() if item.suffix in _READERS or item.suffix == ".txt")
     found = [item for item in data if re.fullmatch(rf"{re.escape(split)}([-_.].*)?", item.stem)]
     if not found:
         listed = ", ".join(item.name for item in data[:8]) or "no data files"
-        raise UserError(f"{path} has no file for the split {split!r}; it has {listed}; or name one in data_files")
+        raise UserError(f"{path} has no file for the split {split!r}; it has {listed}; or {advice}")
     return found
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 from align_kit import log
 from align_kit.data import weights
 from align_kit.data.digest import rows_digest
-from align_kit.data.made import MadeSet, check_free, write_made
+from align_kit.data.made import MadeSet, check_free, check_name, write_made
 from align_kit.data.shapes import Row
 from align_kit.errors import UserError
 from align_kit.preferences import filters, findings, options, report
@@ -44,6 +44,7 @@ def preferences(words: Sequence[str]) -> int:
     """Carry out `align-kit data preferences …` and return its exit code; raises `UserError` for the user's mistakes."""
     given = options.parse(words)
     if given.output:
+        check_name(_name(given))
         check_free(given.output, overwrite=given.overwrite)
     with closing(open_source(given.source, format=given.format, columns=given.columns)) as source:
         for warning in source.warnings:
@@ -181,6 +182,10 @@ def _storable(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _name(given: argparse.Namespace) -> str:
+    return str(given.name or given.output.resolve().name)
+
+
 def _made(studied: Studied, given: argparse.Namespace, words: Sequence[str]) -> MadeSet:
     source, found = studied.source, studied.found
     card = source.card.block if source.card else None
@@ -192,7 +197,7 @@ def _made(studied: Studied, given: argparse.Namespace, words: Sequence[str]) -> 
     weighed = {weights.COLUMN: weights.COLUMN} if by_weight else {}
     facts = {"alpha": (found.get("agreement") or {}).get("alpha"), "reward_model": studied.scorer}
     return MadeSet(
-        name=given.name or given.output.resolve().name,
+        name=_name(given),
         pretty_name=f"{source.card.pretty_name if source.card else Path(source.path).name}, filtered",
         licences=source.licences or ("unknown",),
         phases=card.phases if card else PHASES[found["kind"]],
