@@ -160,6 +160,22 @@ def nothing(prompt: str, completion: str, answer: str) -> None:
     """A checker that forgets to say what it found."""
 
 
+def short(completions: Sequence[str], **others: Any) -> list[float]:
+    """A reward function that forgets all completions but one."""
+    return [1.0]
+
+
+def marked(completions: Sequence[str], **others: Any) -> list[float]:
+    """A reward function that not every text can be given to."""
+    return [float(text.split("####")[1]) for text in completions]
+
+
+def picky(completions: Sequence[str], **others: Any) -> list[float]:
+    """A reward function that fails on what it was not tried on."""
+    assert set(completions) == {"Yes.", "0"}
+    return [1.0, 2.0]
+
+
 def test_a_checker_of_ones_own_and_a_card_that_says_how(model: Path, asked: Path, tmp_path: Path) -> None:
     words = [str(model), str(asked), "--samples", "3", "--max-new-tokens", LONG, "--workers", "1"]
     sample([*words, "--checker", "tests.test_sampling:is_even", "--output", str(tmp_path / "pairs")])
@@ -281,6 +297,10 @@ def test_a_mistake_costs_one_line_and_nothing_is_drawn(model: Path, asked: Path,
         ([model, bare, "--checker", "tests.test_sampling:is_even"], "prompt 1 has no answer to check against"),
         ([model, asked, "--reward-model", model], "is no sequence classifier"),
         ([model, asked, "--keep", "rejection", "--reward-funcs", "tests.test_sampling:length"], "needs --at-least"),
+        ([model, asked, "--reward-funcs", "tests.test_sampling:short"], "short gave 1 numbers for 2 completions"),
+        ([model, asked, "--reward-funcs", "tests.test_sampling:is_even"], "is_even cannot be called .*'prompt'"),
+        ([model, asked, "--reward-funcs", "tests.test_sampling:marked"],
+         r"function tests.test_sampling:marked failed in .*, line \d+ of .*test_sampling.py \(IndexError: .* tried on"),
         ([tmp_path / "none", asked, "--keep", "all"], "the model '.*none': no such folder"),
         ([scorer, asked, "--keep", "all"], "scorer gives scores, not words"),
         ([model, asked, "--keep", "all", "--max-new-tokens", "256"], "no room for any prompt"),
@@ -288,6 +308,10 @@ def test_a_mistake_costs_one_line_and_nothing_is_drawn(model: Path, asked: Path,
         ([model, asked, "--keep", "all", "--reason", "x"], "reason_template 'x'"),
         ([model, asked, "--keep", "all", "--name", "my set"], "cannot name a card 'my set'"),
         ([model, asked, "--keep", "majority", "--answer-of", "tests.test_sampling:none"], "no function 'none'"),
+        (["--from", full, "--samples", "9", "--top_k", "0", "--seed", "3"],
+         "draws nothing, so nothing can follow --samples, --top-k, --seed; leave that out"),
+        (["--from", full, "--prompt-template", "chat"], "nothing can follow --prompt-template; leave"),
+        (["--from", full, "--trust-remote-code"], "nothing can follow --trust-remote-code; leave"),
         (["--from", full], "no drawn.json and completions.jsonl there"),
     ]
     for words, message in table:
@@ -317,6 +341,19 @@ def test_completions_that_nothing_is_kept_of_can_be_chosen_from_again(
     sample([*words, "--keep", "all", "--overwrite"])
     assert "24 prompts are answered already" in capsys.readouterr().out
     assert not (tmp_path / "out.drawn").exists()
+
+
+def test_a_function_that_fails_on_what_was_drawn_is_one_line_and_keeps_it(
+    model: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(model), str(asked), "--max-prompts", "3", "--max-new-tokens", LONG, "--samples", "2", "--workers", "1"]
+    words += ["--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="test_sampling:picky failed in picky, .* what was drawn is kept$") as said:
+        sample([*words, "--reward-funcs", "tests.test_sampling:picky"])
+    assert "\n" not in str(said.value)
+    capsys.readouterr()
+    sample([*words, "--reward-funcs", "tests.test_sampling:length", "--keep", "best"])
+    assert "3 prompts are answered already" in capsys.readouterr().out
 
 
 def test_choosing_anew_keeps_the_counts_and_what_others_draw(model: Path, asked: Path, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def check_whole(row: Row) -> None:
     for name, value in row.items():
         if (half := _half(value)) is not None:
             raise ValueError(
-                f"{name} holds half a character (\\u{ord(half):04x}), as text that is cut within an emoji does; mend it, "
-                "or remove the row as align-kit data clean --bad-rows drop does"
+                f"{name} holds half a character (\\u{ord(half):04x}), as text that is cut within an emoji does; mend "
+                "it, or remove the row as align-kit data clean --bad-rows drop does"
             )
 
 

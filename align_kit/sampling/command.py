@@ -235,7 +235,7 @@ def _ending_well(scratch: Path) -> Iterator[None]:
         raise UserError(
             f"the disk of {scratch.parent} is full{kept}: make room, and give the same command again"
         ) from None
-    except Exception as error:  # of a checker or a reward function, as a rule: its author needs the place
+    except Exception as error:  # that nobody expected: whoever mends it needs the place
         if scratch.is_dir() and not isinstance(error, UserError):
             error.add_note(f"what was drawn is kept in {scratch}; the same command goes on from there")
         raise

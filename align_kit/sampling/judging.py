@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from align_kit.data import functions
@@ -75,7 +77,8 @@ class CheckerJudge(Judge):
 
     def _score(self, row: Row, text: str) -> float:
         before = row["prompt"] if isinstance(row["prompt"], str) else ""
-        verdict = self._check(before, text, str(row["answer"]))
+        with _naming(f"the checker {self.name}"):
+            verdict = self._check(before, text, str(row["answer"]))
         if isinstance(verdict, Verdict):
             self.at_least = float(RIGHT)
             return float(verdict.rank)
@@ -96,18 +99,27 @@ class FunctionJudge(Judge):
         self.name = " + ".join(dotted)
         self._rewards = [(one, functions.function(one, "--reward-funcs")) for one in dotted]
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise `UserError` for a function that cannot score two made-up completions of the first prompt."""
+        for row in rows[:1]:
+            tried = ["Yes.", str(row.get("answer", "No."))]
+            try:
+                self._scores(row, tried)
+            except UserError as error:
+                raise UserError(f"{error}; it was tried on the completions {tried!r:.80}") from error.__cause__
+
     def __call__(self, rows: Sequence[Row], drawn: Drawn) -> Scores:
         return [self._scores(row, [one.text for one in some]) for row, some in zip(rows, drawn, strict=True)]
 
     def _scores(self, row: Row, texts: Sequence[str]) -> list[float]:
-        count = len(texts)
-        each = [
-            functions.rewards(
-                name, reward, prompts=[row["prompt"]] * count, completions=texts,
-                answers=[row.get("answer")] * count,
-            )
-            for name, reward in self._rewards
-        ]  # fmt: skip
+        count, each = len(texts), []
+        for name, reward in self._rewards:
+            with _naming(f"the reward function {name}"):
+                scores = functions.rewards(
+                    name, reward, prompts=[row["prompt"]] * count, completions=texts,
+                    answers=[row.get("answer")] * count,
+                )  # fmt: skip
+            each.append(scores)
         return [math.fsum(scores) for scores in zip(*each, strict=True)]
 
 
@@ -135,12 +147,29 @@ class ModelJudge(Judge):
         return [[next(scores)[0] for _ in some] for some in drawn]
 
 
+@contextmanager
+def _naming(who: str) -> Iterator[None]:
+    """Say in one line that a user's function failed, and where in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{who} failed in {place.name}, line {place.lineno} of {place.filename} ({said}); mend it, and give the "
+            "same command again: what was drawn is kept"
+        ) from error
+
+
 def answer_of(dotted: str) -> Callable[[str], str | None]:
     """Return the function that finds the answer in a completion; it raises `UserError` where that is no text."""
     found = functions.function(dotted, "--answer-of")
 
     def answer(text: str) -> str | None:
-        given = found(text)
+        with _naming(f"--answer-of: {dotted}"):
+            given = found(text)
         if given is None or isinstance(given, str):
             return given
         raise UserError(f"--answer-of: {dotted} gave {given!r:.80}; it must give a text, or None where there is none")

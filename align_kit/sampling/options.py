@@ -21,6 +21,11 @@ WRITES = {
     ALL: ("sft",),
 }
 WRITTEN_BY = {"sft": REJECTION, "preference": BEST_WORST, "binary": REJECTION}
+# How completions are drawn, where it is not said; what was drawn before is drawn already.
+DRAWING = {
+    "samples": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 512, "seed": 0, "batch_size": 128,
+    "workers": None, "dtype": "auto", "trust_remote_code": False, "prompt_template": None,
+}  # fmt: skip
 DESCRIPTION = """Let a model write several completions of each prompt, judge them, keep those worth training on, and
 write them as a data set with a card: demonstrations (sft), pairs (preference) or labelled completions (binary). A
 command that was stopped goes on where it was when it is given again."""
@@ -76,6 +81,8 @@ def parse(words: Sequence[str]) -> Asked:
     _add_judging(parser)
     _add_keeping(parser)
     given = parser.parse_args(list(words))
+    _check_drawing(given)
+    vars(given).update({name: usual for name, usual in DRAWING.items() if getattr(given, name) is None})
     keep = given.keep or (WRITTEN_BY[given.write] if given.write else BEST_WORST)
     output = given.output if given.output.name not in ("", "..") else given.output.resolve()  # it gives names
     found = Asked(
@@ -91,6 +98,13 @@ def parse(words: Sequence[str]) -> Asked:
     )  # fmt: skip
     _check(found)
     return found
+
+
+def _check_drawing(given: argparse.Namespace) -> None:
+    """Raise `UserError` for options that say how to draw beside completions that were drawn before."""
+    named = [f"--{name.replace('_', '-')}" for name in DRAWING if getattr(given, name) is not None]
+    if given.drawn_before is not None and named:
+        raise UserError(f"--from draws nothing, so nothing can follow {', '.join(named)}; leave that out")
 
 
 def _check(asked: Asked) -> None:
@@ -146,18 +160,18 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--samples", "-n", type=_count, default=4, metavar="N", help="completions of each prompt (4)")
-    add("--temperature", type=_not_negative, default=1.0, help="of the distribution drawn from; 0: the likeliest (1)")
-    add(*both("--top-p"), type=_share, default=1.0, help="draw from the likeliest tokens with this mass together (1)")
-    add(*both("--top-k"), type=_natural, default=0, help="draw from the K likeliest tokens; 0: from all (0)")
-    add(*both("--max-new-tokens"), type=_count, default=512, metavar="N", help="longest completion (512)")
-    add("--seed", type=_natural, default=0, help="what is drawn is a function of it, the prompt and the model (0)")
-    add(*both("--batch-size"), type=_count, default=128, metavar="N",
+    add("--samples", "-n", type=_count, metavar="N", help="completions of each prompt (4)")
+    add("--temperature", type=_not_negative, help="of the distribution drawn from; 0: the likeliest (1)")
+    add(*both("--top-p"), type=_share, help="draw from the likeliest tokens with this mass together (1)")
+    add(*both("--top-k"), type=_natural, help="draw from the K likeliest tokens; 0: from all (0)")
+    add(*both("--max-new-tokens"), type=_count, metavar="N", help="longest completion (512)")
+    add("--seed", type=_natural, help="what is drawn is a function of it, the prompt and the model (0)")
+    add(*both("--batch-size"), type=_count, metavar="N",
         help="completions computed together; halved where they do not fit the device (128)")  # fmt: skip
     add("--workers", type=_count, metavar="N", help="processes; default: one for each accelerator, else for each core")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
         help="precision of the weights; auto: bfloat16 on an accelerator, float32 on a CPU")  # fmt: skip
-    add(*both("--trust-remote-code"), action="store_true", help="run the code that a model brings")
+    add(*both("--trust-remote-code"), action="store_true", default=None, help="run the code that a model brings")
 
 
 def _add_judging(parser: argparse.ArgumentParser) -> None:
