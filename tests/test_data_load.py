@@ -86,6 +86,19 @@ def test_columns_are_named_and_reached_into():
     assert converted(row, **shape)[1] == {"prompt": "question", "completion": "a"}
 
 
+def test_a_row_is_named_by_the_line_it_stands_in(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "c"}\n \n\n{"text": 4}\n')
+    (tmp_path / "c.json").write_text('[{"text": "d"}, {"text": 5}]')
+    for files, split, place in (
+        (["a.jsonl", "b.jsonl"], "train", "b.jsonl, line 4"),
+        ("b.jsonl", "train[1:]", "b.jsonl, line 4"),
+        (["a.jsonl", "c.json"], "train[1:]", "c.json, row 2"),
+    ):
+        with pytest.raises(UserError, match=f"{place}: text must be a string, got [45]"):
+            load([{"path": str(tmp_path), "data_files": files, "split": split}], phase="pretrain")
+
+
 def test_content_of_text_parts_is_the_text_they_make_together():
     parts = [{"type": "text", "text": "2 + 2"}, {"type": "text", "text": "?"}]
     row = {"messages": [{"role": "user", "content": parts}, assistant("4 \U0001f600")]}

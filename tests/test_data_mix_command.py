@@ -117,6 +117,7 @@ MISTAKES = [
     (("a.jsonl[test]",), "a single file has only the split 'train'"),
     (("card:sums_sft[dev]",), "unknown split of card sums_sft 'dev'"),
     (("empty.jsonl",), "empty.jsonl: no rows"),
+    (("a.jsonl", "wrong.jsonl"), "wrong.jsonl, line 4: prompt must be"),
 ]  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     (tmp_path / "torn.jsonl").write_text('\ufeff{"question": "q", "answer": "a"}\n\n{"question": ')
     (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "wrong.jsonl").write_text('\n{"question": "q", "answer": "a"}\n\n{"question": 1, "answer": "a"}\n')
     before = sorted(path.name for path in tmp_path.iterdir())
     assert mix(*words, "--output", "out") == 2
     error = capsys.readouterr().err

@@ -180,14 +180,14 @@ def test_pairs_of_traces_are_labelled_rows_too(tmp_path: Path) -> None:
 
 THINK = repr(DEFAULT_TEMPLATE)
 FAULTS = [
-    ({**TRACE, "reasoning": None}, "row 2: reasoning must be a string, got None"),
-    ({"prompt": "p", "answer": "4"}, "row 2: no column 'reasoning'; found prompt, answer"),
-    ({**TRACE, "reasoning": 7}, "row 2: reasoning must be a string, got 7"),
-    ({"prompt": "p", "completion": "so 4"}, f"row 2: completion does not have the shape of reason_template {THINK}"),
-    ({**TRACE, "reasoning": "so\n</think>\n\n5"}, f"row 2: a mark of reason_template {THINK} stands in reasoning"),
-    ({"prompt": "p", "completion": [assistant("a"), assistant("b")]}, "row 2: completion must be a text or one"),
-    ({"prompt": "p", "completion": [{**assistant("4"), "thinking": "so\n</think>\n\n5"}]}, "row 2: a mark of"),
-    (PAIR, "row 2: a preference row in a prompt_completion file"),
+    ({**TRACE, "reasoning": None}, "line 2: reasoning must be a string, got None"),
+    ({"prompt": "p", "answer": "4"}, "line 2: no column 'reasoning'; found prompt, answer"),
+    ({**TRACE, "reasoning": 7}, "line 2: reasoning must be a string, got 7"),
+    ({"prompt": "p", "completion": "so 4"}, f"line 2: completion does not have the shape of reason_template {THINK}"),
+    ({**TRACE, "reasoning": "so\n</think>\n\n5"}, f"line 2: a mark of reason_template {THINK} stands in reasoning"),
+    ({"prompt": "p", "completion": [assistant("a"), assistant("b")]}, "line 2: completion must be a text or one"),
+    ({"prompt": "p", "completion": [{**assistant("4"), "thinking": "so\n</think>\n\n5"}]}, "line 2: a mark of"),
+    (PAIR, "line 2: a preference row in a prompt_completion file"),
 ]
 
 
@@ -199,7 +199,7 @@ def test_a_row_that_is_no_trace_is_named(tmp_path: Path, row: Row, told: str) ->
 
 
 def test_a_pair_with_one_side_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="row 2: rejected must be a string, got None"):
+    with pytest.raises(UserError, match="line 2: rejected must be a string, got None"):
         rows_of(tmp_path, PAIR, {**PAIR, "rejected": None}, phase="dpo")
 
 

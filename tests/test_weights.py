@@ -39,7 +39,7 @@ def test_a_weight_is_read_where_its_column_is_named(tmp_path: Path) -> None:
     both = load([{"path": file, **NAMED}], phase="kto").dataset
     assert both["weight"][:] == [0.5, 0.5, 2.0, 2.0, None, None] and both["label"][:2] == [True, False]
     other = {"path": file, "columns": {"weight": "votes.0"}}
-    with pytest.raises(UserError, match=r"a.jsonl, row 1: no column 'votes.0'; found prompt, chosen, rejected, weight"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: no column 'votes.0'; found prompt, chosen, rejected, weight"):
         load([other], phase="dpo")
     mixed = load([{"path": file, **NAMED}, {"path": file}], phase="dpo").dataset
     assert mixed["weight"][:] == [0.5, 2.0, None, None, None, None]
@@ -48,7 +48,7 @@ def test_a_weight_is_read_where_its_column_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1, "much", True, float("inf"), float("nan")])
 def test_what_is_no_weight_is_named_with_its_row(tmp_path: Path, value: object) -> None:
     file = weighed(tmp_path / "a.jsonl", [1, value])
-    with pytest.raises(UserError, match="a.jsonl, row 2: weight must be a positive number, got"):
+    with pytest.raises(UserError, match="a.jsonl, line 2: weight must be a positive number, got"):
         load([{"path": str(file), **NAMED}], phase="dpo")
 
 

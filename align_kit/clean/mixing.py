@@ -198,7 +198,7 @@ def _opened(word: Word, home: Path | None, files: contextlib.ExitStack) -> Sourc
     kinds: dict[str, None] = {}
 
     def canonical() -> Iterator[Row]:
-        for kind, row in shapes.converted(lines, shape, word.shown):
+        for kind, row in shapes.converted(lines, shape, lambda number: lines.where(number - 1)):
             kinds[kind] = None
             yield row
 

@@ -48,11 +48,7 @@ class Source:
 
     def canonical(self, number: int, row: Row) -> tuple[str, Row]:
         """Return a row's kind and its canonical form; raises UserError that names the row by its `number`."""
-        where = self.where(number)
-        try:
-            return next(shapes.converted([row], self.shape, where))
-        except UserError as error:  # it counts the rows it is given: always the first
-            raise UserError(str(error).replace(f"{where}, row 1:", f"{where}:", 1)) from None
+        return next(shapes.converted([row], self.shape, lambda _: self.where(number)))
 
     @property
     def size(self) -> int:

@@ -47,10 +47,14 @@ class JsonLines:
         try:
             return parse_line(line, "")
         except UserError:
-            return parse_line(line, f"{self.path}, line {self._number_of(place)}")  # raises, and says where
+            return parse_line(line, self.where(number))  # raises, and says where
 
     def __iter__(self) -> Iterator[Row]:
         return (self[number] for number in range(len(self)))
+
+    def where(self, number: int) -> str:
+        """Return how messages name a row: by the file and its line."""
+        return f"{self.path}, line {self._number_of(self._places[number])}"
 
     def close(self) -> None:
         """Close the file."""

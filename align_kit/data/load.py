@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ class Opened:
     mixture: dict[str, float | None] = field(default_factory=dict)  # what the entry asks of it, by key
     facts: dict[str, str] = field(default_factory=dict)
     kind: str = ""
+    place: Callable[[int], str] | None = None  # where a row of a number stands, if that is not its number
 
     def asked(self) -> Asked:
         return Asked(self.where, len(self.rows), card_weight=self.card_weight, **self.mixture)
@@ -154,7 +155,7 @@ def opened(spec: dict[str, Any], phase: str, split_default: str, home: Path | No
     if path.startswith("card:") or path.endswith(".md"):
         source = _open_card(cards.load_card(path.removeprefix("card:")), spec, split, phase, home)
     elif path in _BUILDERS or "data_files" in spec or _is_local(path):
-        source = Opened(path, split, _read_local(path, spec, split), None)
+        source = _open_local(path, spec, split)
     else:
         source = _open_hub(path, spec, split, phase)
     return _settle(source, spec)
@@ -287,7 +288,14 @@ def _is_local(path: str) -> bool:
     return looks or Path(path).exists()
 
 
-def _read_local(path: str, spec: dict[str, Any], split: str) -> list[Row]:
+def _open_local(path: str, spec: dict[str, Any], split: str) -> Opened:
+    files = _local_files(path, spec, split)
+    numbered = all(file.suffix != ".txt" for file in files)
+    place = functools.partial(read.place_of, files, [split]) if numbered else None
+    return Opened(path, split, read.read_files(files, [split]), None, place=place)
+
+
+def _local_files(path: str, spec: dict[str, Any], split: str) -> list[Path]:
     name = cards.parse_slice(split)[0]
     files = spec.get("data_files")
     if isinstance(files, Mapping):
@@ -300,9 +308,9 @@ def _read_local(path: str, spec: dict[str, Any], split: str) -> list[Row]:
     if "data_dir" in spec:
         base = base / spec["data_dir"]
     if files is None:
-        return read.read_files(read.files_of(base, name), [split])
+        return read.files_of(base, name)
     listed = [files] if isinstance(files, str) else list(files)
-    return read.read_files([base / file for file in listed], [split])
+    return [base / file for file in listed]
 
 
 def _refuse(spec: dict[str, Any], keys: Sequence[str], where: str) -> None:
@@ -330,7 +338,7 @@ def _positive(spec: dict[str, Any], key: str, kind: type[int] | type[float]) -> 
 def _canonical(source: Opened, phase: str) -> None:
     assert source.shape is not None
     columns = list(source.rows[0]) if source.rows else []
-    source.kind, source.rows = shapes.convert(source.rows, source.shape, source.where)
+    source.kind, source.rows = shapes.convert(source.rows, source.shape, source.place or source.where)
     shapes.usable(source.kind, phase, source.where, columns)
     source.kind, source.rows = shapes.adapt(source.kind, source.rows, phase, source.shape)
 

@@ -34,6 +34,22 @@ def read_files(paths: Sequence[Path], slices: Sequence[str] = ()) -> list[Row]:
     return cut([row for path in paths for row in read_file(path)], slices)
 
 
+def place_of(paths: Sequence[Path], slices: Sequence[str], number: int) -> str:
+    """Return where the row stands that is number `number`, from 1, of `read_files(paths, slices)`: its file and line.
+
+    It reads the files once more, which a message about a broken row is worth.
+    """
+    places = cut([(path, place) for path in paths for place in _places(path)], slices)
+    path, place = places[number - 1]
+    return f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {place}"
+
+
+def _places(path: Path) -> Iterator[int]:
+    if path.suffix == ".jsonl":
+        return (number for number, _ in numbered_lines(path))
+    return iter(range(1, len(read_file(path)) + 1))
+
+
 def cut(rows: list[Any], slices: Sequence[str]) -> list[Any]:
     """Return what is left of `rows` after each slice in turn."""
     for split in slices:

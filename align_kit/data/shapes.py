@@ -23,6 +23,7 @@ from align_kit.data.turns import as_turns, boolean, check_whole, conversation, d
 from align_kit.errors import UserError
 
 Row = dict[str, Any]
+Where = str | Callable[[int], str]  # a source's name, or the place of its row of a number
 
 KIND_COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -93,18 +94,19 @@ _SIGNATURES: tuple[tuple[tuple[str, ...], str, dict[str, str]], ...] = (
 )
 
 
-def convert(rows: Iterable[Row], shape: Shape, where: str) -> tuple[str, list[Row]]:
+def convert(rows: Iterable[Row], shape: Shape, where: Where) -> tuple[str, list[Row]]:
     """Return the kind and the canonical rows of `rows`, as `converted` gives them one by one."""
     pairs = list(converted(rows, shape, where))
     return (pairs[-1][0] if pairs else ""), [row for _, row in pairs]
 
 
-def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[str, Row]]:
-    """Yield each row's kind, which is one for all, and its canonical form; `where` names the source in messages.
+def converted(rows: Iterable[Row], shape: Shape, where: Where) -> Iterator[tuple[str, Row]]:
+    """Yield each row's kind, which is one for all, and its canonical form.
 
-    Raises UserError for a missing column (with the nearest), and for a row whose value has the wrong type (with its
-    number, counted from 1).
+    Raises UserError for a missing column (with the nearest), and for a row whose value has the wrong type. `where`
+    names the source in messages, which add the row's number, counted from 1; or it says the place of that number.
     """
+    at = where if callable(where) else lambda number: f"{where}, row {number}"
     reader = _READERS[shape.format]
     reason = shape.trace_template
     kind = ""
@@ -114,12 +116,11 @@ def converted(rows: Iterable[Row], shape: Shape, where: str) -> Iterator[tuple[s
             row_kind, canonical = reader(picker)
             canonical |= _weight(picker, row_kind)
             check_whole(canonical)
-        except _Missing as missing:
-            raise UserError(f"{where}, row {number}: {missing.text(row)}") from None
-        except (UserError, ValueError) as error:
-            raise UserError(f"{where}, row {number}: {error}") from None
+        except (_Missing, UserError, ValueError) as error:
+            said = error.text(row) if isinstance(error, _Missing) else error
+            raise UserError(f"{at(number)}: {said}") from None
         if kind and row_kind != kind:
-            raise UserError(f"{where}, row {number}: a {row_kind} row in a {kind} file; split the file by kind")
+            raise UserError(f"{at(number)}: a {row_kind} row in a {kind} file; split the file by kind")
         kind = row_kind
         yield kind, _templated(canonical, shape.prompt_template)
 

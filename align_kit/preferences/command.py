@@ -86,7 +86,7 @@ def _read(source: Source, annotators: Annotators | None, scores: Sequence[str]) 
             try:
                 gather.add(row, canonical)
             except UserError as error:
-                raise UserError(f"{source.where}, row {number}: {error}") from None
+                raise UserError(f"{source.place(number)}: {error}") from None
             yield canonical
 
     digest = rows_digest(noted())

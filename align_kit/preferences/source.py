@@ -44,6 +44,10 @@ class Source:
         """How messages and the report name it."""
         return f"{self.path}[{self.split}]"
 
+    def place(self, number: int) -> str:
+        """Return how messages name a row, counted from 1: by its line where it is one."""
+        return self.rows.where(number - 1) if isinstance(self.rows, JsonLines) else f"{self.where}, row {number}"
+
     @property
     def name(self) -> str:
         """The split without what is cut from it."""
@@ -52,7 +56,7 @@ class Source:
     @property
     def kind(self) -> str:
         """The kind of the first row, which all others must have."""
-        kind, _ = next(iter(shapes.converted(self.rows, self.shape, self.where)))
+        kind, _ = next(iter(shapes.converted(self.rows, self.shape, self.place)))
         return kind
 
     def canonical(self) -> Iterator[tuple[Row, Row]]:
@@ -64,7 +68,7 @@ class Source:
                 passed[:] = [row]
                 yield row
 
-        for _, canonical in shapes.converted(passing(), self.shape, self.where):
+        for _, canonical in shapes.converted(passing(), self.shape, self.place):
             yield passed[0], canonical
 
     def close(self) -> None:
