@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "missing data file": (on(rows("nothing.jsonl")), r"nothing.jsonl"),
     "missing column": (
         on(rows("good.jsonl", columns={"prompt": "prompt", "chosen": "choosen", "rejected": "rejected"})),
-        r"good.jsonl, row 1: no column 'choosen'; found prompt, chosen, rejected \(did you mean 'chosen'\?\)",
+        r"good.jsonl, line 1: no column 'choosen'; found prompt, chosen, rejected \(did you mean 'chosen'\?\)",
     ),
     "unknown columns": (on(rows("strange.jsonl")), r"cannot recognise rows with the columns bad, good, question"),
     "another phase's rows": (on(rows("card:sums_sft")), r"sums_sft.*preference"),

@@ -45,27 +45,27 @@ def lines_of(rows: Rows, torn: bytes) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows[:3]) + torn
 
 
-# name: phase, rows (or the file's bytes), the line; what is wrong is in row 4 wherever it is in one row.
+# name: phase, rows (or the file's bytes), the line; what is wrong is in line 4 wherever it is in one row.
 DATA: dict[str, tuple[str, Rows | bytes, str]] = {
     "missing column": (
         "dpo",
         [{name: row[name] for name in ("prompt", "chosen")} for row in PAIRS],
         r"prompt rows cannot be used by dpo, .* columns found: prompt, chosen, missing: rejected$",
     ),
-    "null in a row": ("dpo", with_fault(PAIRS, chosen=None), r"row 4: chosen must be a string or .*, got None$"),
+    "null in a row": ("dpo", with_fault(PAIRS, chosen=None), r"line 4: chosen must be a string or .*, got None$"),
     "null for a row": ("dpo", lines_of(PAIRS, b"null\n"), r"line 4: a row must be a JSON object, got NoneType$"),
     "not UTF-8": ("sft", lines_of(ANSWERS, b'{"prompt": "\xff"}\n'), r"line 4: not UTF-8 \(byte 0xff\)$"),
     "torn last line": ("sft", lines_of(ANSWERS, b'{"prompt": "a'), r"line 4: not JSON: Unterminated string"),
     "unknown role": (
         "sft",
         [*CHAT, chat(("user", "a"), ("robot", "b"))],
-        r"row 4: unknown role in messages 'robot'; known: assistant, developer, .*; rename it$",
+        r"line 4: unknown role in messages 'robot'; known: assistant, developer, .*; rename it$",
     ),
-    "no content": ("sft", [*CHAT, {"messages": [{"role": "user"}]}], r"row 4: a user message in messages has no cont"),
+    "no content": ("sft", [*CHAT, {"messages": [{"role": "user"}]}], r"line 4: a user message in messages has no con"),
     "content that is a number": (
         "sft",
         [*CHAT, chat(("user", 3), ("assistant", "b"))],
-        r"row 4: the content of a user message in messages must be text, got 3$",
+        r"line 4: the content of a user message in messages must be text, got 3$",
     ),
     "every completion empty": (
         "sft",
