@@ -160,6 +160,6 @@ def _plan(recipe: Recipe, config: Config, start: Source) -> str:
     from align_kit.plan import show
 
     found = planner.answer(recipe, config, planner.Options(gpus=max(1, torch.cuda.device_count())), start)
-    if refused := found.refusal():
+    if refused := planner.refusal(found, config):
         raise UserError(refused)
     return show.line(found.choice.configured.plan, found.limits)

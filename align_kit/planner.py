@@ -74,7 +74,7 @@ def planner(words: Sequence[str]) -> int:
     config = load(recipe, rest, defaults=folder("recipes") / f"{recipe.name}.yaml")
     found = answer(recipe, config, options)
     _tell(found, options)
-    refused = found.refusal()
+    refused = refusal(found, config, here=not options.gpu)
     if refused and not config.run.force:
         raise UserError(refused)
     return 0
@@ -134,6 +134,18 @@ def answer(recipe: Recipe, config: Config, options: Options, start: Source | Non
         ) from None
     choice = stage.choice(recipe, config, described, site, device, limits)
     return Answer(recipe.name, recipe.unit, start.name, device, limits, batch, choice)
+
+
+def refusal(found: Answer, config: Config, here: bool = True) -> str | None:
+    """Return the line about a run that cannot fit as configured, `None` where it can.
+
+    Its disk is looked at where it would run on this machine.
+    """
+    from align_kit.stages.disk import without_room
+
+    if (line := found.refusal()) or not here:
+        return line
+    return without_room(found.choice.configured.plan.run, config, found.model)
 
 
 def _device(options: Options) -> Hardware:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from align_kit.check import check
 from align_kit.checkpoint import manifest, space
-from align_kit.errors import Fault
+from align_kit.errors import Fault, UserError
+from align_kit.planner import planner
 from align_kit.run_folder import checkpoints
 from tests.harness import Ranks
-from tests.small import Lab, lab_of
+from tests.small import Lab, lab_of, words
 from tests.when_work import train
 
 
@@ -164,8 +167,9 @@ def stand(out: Path) -> list[str]:
 def test_a_disk_too_small_for_the_third_checkpoint(lab: Lab, disk: Callable[[int], Path], full_disk: str) -> None:
     """Found before anything is written: one line says how much is missing, and the run stops or goes on."""
     out = disk(1536) / "out"
-    run = train(lab, out, full_disk=full_disk, **SAVING)
+    run = train(lab, out, full_disk=full_disk, force=full_disk == "stop", **SAVING)
     result = run.result
+    assert (": saves without room are left out" in result.text) == (full_disk == "go_on")
     said = [line for line in result.text.splitlines() if "no space: checkpoint-3 needs " in line]
     assert len(said) == 1 and "missing" in said[0], result.text
     assert "Traceback" not in result.text and stand(out) == ["checkpoint-1", "checkpoint-2"]
@@ -181,7 +185,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(lab: Lab, disk: Callable[[
     out, filler = place / "out", str(place / "filler")
     written_behind_the_loop = [str(out / ".saving-checkpoint-2"), "**/*optim_states.pt"]
     acts = [[1, 2, "fill", filler, *written_behind_the_loop], [1, 4, "unlink", filler]]
-    result = train(lab, out, acts, full_disk=full_disk, **SAVING).result
+    result = train(lab, out, acts, full_disk=full_disk, force=True, **SAVING).result
     assert "checkpoint-2 was not committed (" in result.text and "no space left" in result.text, result.text
     assert "checkpoint-1 stands" in result.text and "Traceback" not in result.text
     if full_disk == "stop":
@@ -189,3 +193,55 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(lab: Lab, disk: Callable[[
     else:
         result.ok()
         assert stand(out) == ["checkpoint-1", "checkpoint-4"]
+
+
+# --- before the first step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib, changes, line", [
+    (1536, SAVING,
+     r"sft of \S+ lays up to 2\.\d+ MB on the disk \(each checkpoint 4\d+ kB, one more while it is written, the final "
+     r"model 11\d kB\), and 1\.5\d MB are free in \S+; keep fewer \(--save_total_limit 1\), make room, let those "
+     r"without room be left out \(--full_disk go_on\), or go on as it is with --force$"),
+    (64, {}, r"lays up to 1\d+ kB on the disk \(the final model 11\d kB\), and 65\.5 kB are free in \S+; make room, or "
+             r"name a folder elsewhere with --output_dir, or go on as it is with --force$"),
+    (64, {**SAVING, "full_disk": "go_on"}, r"make room, or name a folder elsewhere"),
+])  # fmt: skip
+def test_a_run_whose_disk_is_too_small_is_refused(
+    lab: Lab, disk: Callable[[int], Path], kib: int, changes: dict[str, Any], line: str
+) -> None:
+    """Neither checkpoints nor a final model that find no room are found out after hours."""
+    out = disk(kib) / "out"
+    result = lab.start("sft", out, **changes).result
+    assert re.search(line, result.error()), result.error()
+    assert set(result.codes) == {2} and not list(out.iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_run_replaces_or_goes_on_from_is_room(lab: Lab, disk: Callable[[int], Path]) -> None:
+    """A disk that holds the run once is large enough to run it again, and for its checkpoints to be gone on from."""
+    out, saving = disk(1800) / "out", {**SAVING, "save_total_limit": 1}
+    lab.start("sft", out, **saving).result.ok()
+    lab.start("sft", out, overwrite=True, **saving).result.ok()
+    (out.parent / "filler").write_bytes(bytes(space.free_bytes(out) - 100_000))
+    done = lab.start("sft", out, resume="auto", allow_change="max_steps", **{**saving, "max_steps": 5}).result
+    assert "a save may find no room" in done.text and "error: no space: checkpoint-5 needs" in done.text
+    assert stand(out) == ["checkpoint-4"]
+
+
+@pytest.mark.slow
+def test_other_commands_tell_of_the_disk_too(
+    lab: Lab, disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["sft", *words(lab.options("sft", output_dir=disk(1536) / "out", **SAVING))]
+    with pytest.raises(UserError, match="sft would stop at plan"):
+        check(asked)
+    assert "lays up to" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lays up to"):
+        planner(asked)
+    assert planner([*asked, "--force"]) == 0 and planner([*asked, "--gpu", "h200"]) == 0, "that disk is elsewhere"
+
+
+def test_a_file_system_without_a_size_has_room() -> None:
+    assert space.free_bytes(Path("/proc/out")) > 1 << 60

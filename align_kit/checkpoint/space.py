@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,13 @@ def _written(checkpoint: Path) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that may still be written where `folder` lies or will lie."""
+    """Return the bytes that may still be written where `folder` lies or will lie; no end of them where none can tell.
+
+    File systems that have no size of their own say that they have 0 blocks.
+    """
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     disk = os.statvfs(place)
-    return disk.f_bavail * disk.f_frsize
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else sys.maxsize
 
 
 def check(checkpoint: Path, need_bytes: int) -> str | None:

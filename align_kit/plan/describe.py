@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align_kit import zero
 from align_kit.config import BatchPlan, Config
+from align_kit.config.quantities import parse_bytes
 from align_kit.plan.batches import Batches, Row, Written
 from align_kit.plan.facts import EngineFacts, Held, Micro, Placement, Precision, Rollout, Run
 from align_kit.plan.shape import meta_frozen, meta_policy
@@ -109,6 +110,8 @@ def describe(
         nodes=site.nodes,
         checkpoints_kept=asked(config, "save_total_limit") if saves(config) else 0,
         checkpoints_made=_checkpoints(config, steps),
+        checkpoints_lasting=_lasting(config, steps),
+        checkpoints_limit=parse_bytes(limit) if (limit := config.run.save_bytes_limit) else None,
         use_peft=config.model.use_peft,
         gated=recipe.head != "score" or source.head == "lm",
         notes=data.notes,
@@ -269,12 +272,21 @@ def saves(config: Config) -> bool:
 
 
 def _checkpoints(config: Config, steps: int) -> int:
-    """Return how many checkpoints the run makes, those by the clock left out."""
+    """Return how many checkpoints the run makes; of those by the clock, as many as lie there at a time."""
     strategy, every = config.value("save_strategy"), config.value("save_steps")
+    made = int(saves(config))
     if strategy == "steps":
-        stride = every if every >= 1 else max(1, math.ceil(every * steps))
-        return int(steps // stride)
-    return math.ceil(float(config.value("num_train_epochs"))) if strategy == "epoch" else int(saves(config))
+        made = int(steps // (every if every >= 1 else max(1, math.ceil(every * steps))))
+    elif strategy == "epoch":
+        made = math.ceil(float(config.value("num_train_epochs")))
+    by_clock = (asked(config, "save_total_limit") or 0) + 1 if config.run.save_minutes else 0
+    return max(made, by_clock)
+
+
+def _lasting(config: Config, steps: int) -> int:
+    """Return how many checkpoints the rule keeps beside the newest: milestones, and the best by metric."""
+    every = config.run.save_milestone_steps
+    return (steps // every if every else 0) + bool(asked(config, "load_best_model_at_end"))
 
 
 def with_batch(run: Run, micros: tuple[Micro, Micro], per_device: int, accumulation: int) -> Run:

@@ -37,9 +37,13 @@ def final_bytes(run: Run) -> int:
 def disk_bytes(run: Run) -> int:
     """Return the bytes that lie on the disk at most: checkpoints by the retention rule, and the final model.
 
-    A new checkpoint is whole before an old one goes; under ZeRO-3 the shards of its weights lie there meanwhile.
+    A new checkpoint is whole before an old one goes; under ZeRO-3 the shards of its weights lie there meanwhile. The
+    last one that stands is never given up, whatever bytes they may take together.
     """
-    made = run.checkpoints_made
-    kept = made if run.checkpoints_kept is None else min(run.checkpoints_kept + 1, made)
+    made, one = run.checkpoints_made, checkpoint_bytes(run)
+    kept = made if run.checkpoints_kept is None else min(run.checkpoints_kept + run.checkpoints_lasting + 1, made)
+    held = kept * one
+    if kept and run.checkpoints_limit is not None:
+        held = min(held, max(run.checkpoints_limit, one) + one)
     passing = final_bytes(run) if made and run.engine.stage == 3 and not run.use_peft else 0
-    return kept * checkpoint_bytes(run) + max(final_bytes(run), passing)
+    return held + max(final_bytes(run), passing)

@@ -235,7 +235,8 @@ def without_sizes(run: Run) -> Run:
     """Return the run without what gathers do not depend on, so that candidates of a plan share what was played."""
     nothing = Micro(0, 0, 0, 0, 0)
     alike = {"mean": nothing, "worst": nothing, "steps": 0, "accumulation": 1, "per_device": 1, "world_size": 1}
-    return replace(run, **alike, nodes=1, checkpoints_made=0, checkpoints_kept=0, notes=())  # type: ignore[arg-type]
+    alike |= dict.fromkeys(("checkpoints_made", "checkpoints_kept", "checkpoints_lasting"), 0)
+    return replace(run, **alike, nodes=1, checkpoints_limit=None, notes=())  # type: ignore[arg-type]
 
 
 LEARNT_BY = 8  # steps (or iterations) by which ZeRO-3 has learnt the order of the modules, if it ever does

@@ -171,6 +171,8 @@ class Run:
     nodes: int = 1
     checkpoints_kept: int | None = 1  # None: all; 0: none are made
     checkpoints_made: int = 0
+    checkpoints_lasting: int = 0  # of those made, how many stay beside `checkpoints_kept`: milestones, the best
+    checkpoints_limit: int | None = None  # bytes they may take together
     use_peft: bool = False
     resumed: bool = False  # a run that goes on checks nothing before its first step
     gated: bool = True  # else it is checked that policy and reference are alike, or that a fresh head scores 0

@@ -27,7 +27,7 @@ from align_kit.plan.plan import plan as plan_of
 from align_kit.registry import Recipe
 from align_kit.run_folder import RunFolder
 from align_kit.scrub import scrubbed
-from align_kit.stages import sampled
+from align_kit.stages import disk, sampled
 from align_kit.stages.beginning import Start
 from align_kit.stages.engine import Engine, precision_of
 from align_kit.stages.resume import gather
@@ -263,9 +263,12 @@ def planned(
             find=lambda name, option: source.resolve(name, option=option),
             free=None if limits.one else limits.device, recorded=recorded, resumed=bool(home.resume_from),
         )  # fmt: skip
-        made = Planned(plan_of(tell(site).run, device), limits, device)
-        if config.run.force or made.fits:
+        plan = plan_of(tell(site).run, device)
+        made = Planned(plan, limits, device)
+        if config.run.force:
             return made, None
+        if made.fits:
+            return made, disk.without_room(plan.run, config, start.source.name)
         free_to_choose = replace(site, settled=False)  # another way may take another stage
         ways = choice(recipe, config, tell(free_to_choose), free_to_choose, device, limits)
         return made, show.refusal(ways, limits, start.source.name)
