@@ -59,6 +59,7 @@ class Case:
             f"{options['per_device_train_batch_size']}x{options['gradient_accumulation_steps']}",
             *(["checkpointing"] if options["gradient_checkpointing"] else []),
             *(str(options[name]) for name in CHOICES if name in options),
+            *([f"evaluates {options['per_device_eval_batch_size']}"] if "eval_strategy" in options else []),
         ]
         return " ".join([*parts, *(["reward model"] if self.scorer else [])])
 
@@ -89,8 +90,18 @@ def drawn(draw: random.Random) -> Case:
         if family == "gpt2" and options["reference_placement"] == "quantised":
             options["reference_placement"] = "sharded"  # its layers are none of torch's, and none is stored in int8
     scorer = phase == "ppo" and draw.random() < 0.5
-    options |= _online(draw, options) if phase == "ppo" else {"max_steps": STEPS}
+    options |= _online(draw, options) if phase == "ppo" else {"max_steps": STEPS, **_evaluation(options)}
     return Case(phase, family, _model(draw, family), draw.choice([1, 2, 4]), options, scorer)
+
+
+def _evaluation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how some of the runs evaluate, drawn from what is known of them.
+
+    After the last step: ZeRO-3 may keep weights whole that an evaluation has gathered, and the step after sends less.
+    """
+    draw = random.Random(repr(options))
+    rows = draw.choice([0, 0, 0, 2, 8, 32])
+    return {"eval_strategy": "steps", "eval_steps": STEPS, "per_device_eval_batch_size": rows} if rows else {}
 
 
 def _engine(draw: random.Random) -> dict[str, Any]:
@@ -146,6 +157,9 @@ def written(case: Case, home: Path) -> dict[str, Any]:
         "output_dir": home / "out",
         **case.options,
     }
+    if "eval_strategy" in options:
+        held_out = [_row(case, random.Random(f"held out {place}")) for place in range(ROWS)]
+        options["eval_datasets"] = [{"path": write_rows(home / "held_out.jsonl", held_out), "split": "train"}]
     (home / "nothing.yaml").write_text("{}\n")
     if case.scorer:
         options["reward_model_name_or_path"] = _write_model(
@@ -208,7 +222,7 @@ def watched(argv: list[str], report: str) -> int:
 
 @dataclass
 class Had:
-    """What a rank had to compute: the run as it was planned, its micro-batches, and its longest prompt.
+    """What a rank had to compute: the run as it was planned, its micro-batches, of evaluations too, its longest prompt.
 
     Each micro-batch stands with the optimizer step it was of: before the first the optimizer has no moments, and in
     the first few ZeRO-3 has not learnt the order of the modules.
@@ -216,6 +230,8 @@ class Had:
 
     run: Run | None = None
     micros: set[tuple[int, Micro]] = field(default_factory=set)
+    evaluated: set[Micro] = field(default_factory=set)
+    state: dict[str, int] | None = None  # what was held before an evaluation, in bytes by component
     longest_prompt: int = 0
 
     def moments(self) -> dict[str, int]:
@@ -228,9 +244,12 @@ class Had:
         most: dict[str, int] = {}
         for step, micro in self.micros:
             begun = step // (run.rollout.steps if run.rollout else 1)
-            for name, parts in peak.moments(replace(run, worst=micro), begun=begun).items():
+            for name, parts in peak.moments(replace(run, worst=micro, evaluated=None), begun=begun).items():
                 size = sum(parts.values()) - (lacking if step == 0 and name in OF_A_MICRO_BATCH else 0)
                 most[name] = max(most.get(name, size), size)
+        for micro in self.evaluated:
+            parts = peak.moments(replace(run, evaluated=micro), begun=STEPS)["evaluation"]
+            most["evaluation"] = max(most.get("evaluation", 0), sum(parts.values()))
         return most
 
 
@@ -242,9 +261,11 @@ def noting() -> Iterator[None]:
     """Note in `had` what this rank has to compute."""
     from align_kit import stages
     from align_kit.trainers.base import PhaseTrainer
+    from align_kit.trainers.measured import state_bytes
     from align_kit.trainers.rollout import LocalWriter
 
     plan, step, write = stages.planned, PhaseTrainer.training_step, LocalWriter.write
+    batches = PhaseTrainer._evaluation_batches
     vars(had).update(vars(Had()))
 
     def planned(*args: Any, **kwargs: Any) -> Any:
@@ -258,15 +279,24 @@ def noting() -> Iterator[None]:
         had.micros.add((trainer.state.global_step, micro))
         return step(trainer, model, inputs, *args, **kwargs)
 
+    def evaluation_batches(trainer: Any, loader: Any) -> Iterator[dict[str, Any]]:
+        had.state = had.state or state_bytes(trainer)
+        for batch in batches(trainer, loader):
+            if had.run is not None and had.run.evaluated:
+                had.evaluated.add(micro_of(batch, had.run.forward, had.run.policy.head == "score"))
+            yield batch
+
     def written(writer: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         had.longest_prompt = max(had.longest_prompt, *map(len, prompts))
         return write(writer, prompts, *args, **kwargs)
 
     stages.planned, PhaseTrainer.training_step, LocalWriter.write = planned, training_step, written  # type: ignore
+    PhaseTrainer._evaluation_batches = evaluation_batches  # type: ignore[method-assign]
     try:
         yield
     finally:
         stages.planned, PhaseTrainer.training_step, LocalWriter.write = plan, step, write  # type: ignore
+        PhaseTrainer._evaluation_batches = batches  # type: ignore[method-assign]
 
 
 def held(trainer: Any) -> dict[str, Any]:
@@ -275,7 +305,7 @@ def held(trainer: Any) -> dict[str, Any]:
 
     from align_kit.trainers.measured import state_bytes
 
-    state = state_bytes(trainer)
+    state = had.state or state_bytes(trainer)
     writer = getattr(trainer, "writer", None)
     own = [mine for mine, _ in getattr(writer, "_pairs", ())]  # empty but for a copy
     if copied := sum(tensor.numel() * tensor.element_size() for tensor in own):

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.plan_accuracy [--count 30] [--seed 7] [--json FILE]
 
 Configurations are drawn at random from the seed (phases, families, sizes, stages, LoRA, checkpointing, lengths,
-placements, precision; see `_planned`) and run on two CPU ranks each. Compared are, on the fullest rank:
+placements, precision, evaluations; see `_planned`) and run on two CPU ranks each. Compared are, on the fullest rank:
 
 - the state between two steps, component by component, counted from the engine's own tensors (goal: within 1 %);
 - the peak of training, as torch's allocator saw it (goal: within 10 % for 90 % of the runs), against the planner's for
@@ -33,7 +33,7 @@ from tests.harness import Ranks
 from tests.small import words
 
 GOALS = {"state": (0.01, 1.0), "peak": (0.10, 0.9), "traffic": (0.02, 1.0)}  # error, share of runs within it
-TRAINING, SAVE = ("backward", "step", "rollout", "score"), ("save",)  # moments, as the allocator is watched
+TRAINING, SAVE = ("backward", "evaluation", "step", "rollout", "score"), ("save",)  # moments that are watched
 
 
 def error_by_part(planned: Mapping[str, float], found: Mapping[str, float]) -> float:

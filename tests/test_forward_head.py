@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from align_kit.forward import head
 from align_kit.forward.head import Answer, Ask, Scaling, read_tokens
 
 P, H, V = 13, 6, 29
@@ -322,3 +323,21 @@ def test_never_more_than_two_chunks_of_logits(scaling: Scaling, entropy: bool, d
         total(found, answer.logps_P, answer.entropy_P).backward()
     assert size <= forward <= 2 * size + rounded and kept <= size
     assert peak.most <= (2 + (entropy and scaling.cap is not None)) * size + rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_is_gone_before_the_next_comes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a row at a time, as a CPU does with a large vocabulary, nothing of a chunk's size is there beside it.
+
+    But for what the product gives in bf16, and for what that is narrowed to again in the backward.
+    """
+    rows, vocabulary, chunk = 160, 500, 16
+    monkeypatch.setattr(head, "NEAR", vocabulary)
+    found = case(rows=rows, words=vocabulary, dtype=dtype)
+    size = chunk * vocabulary * 4
+    rounded = 0 if dtype == torch.float32 else size // 2
+    with Peak(least=size // 2) as peak:
+        answer = read_tokens(found.head, found.hidden_PH, Ask(found.targets_P), PLAIN, chunk * vocabulary)
+        assert peak.most == size + rounded and peak.alive == size
+        total(found, answer.logps_P, None).backward()
+    assert peak.most == size + rounded

@@ -68,6 +68,15 @@ def test_the_longest_row_of_all_counts_though_the_sample_lacks_it() -> None:
     assert mean.tokens == 50 and worst.tokens == 25 + 139 + 129 and worst.longest == 139
 
 
+def test_an_evaluation_takes_its_rows_as_they_come() -> None:
+    """The heaviest batch counts, the last filled up from the first rows; rows that are trained on stand for others."""
+    rows, held_out = rows_of(*[(10, 4, 3)] * 6), rows_of(*[(10, 4, 3)] * 2, (20, 4, 4), (30, 4, 4), (10, 4, 3))
+    assert preference(rows, "packed", held_out=held_out).evaluated(2).tokens == 2 * (23 + 33)
+    assert preference(rows, "packed", held_out=held_out).evaluated(7).tokens == 5 * 25 + 2 * (23 + 33)
+    assert preference(rows, "packed").evaluated(2).tokens == 2 * 25
+    assert preference(rows, "packed", longest=rows_of((100, 40, 30))[0]).evaluated(2).tokens == 25 + 139 + 129
+
+
 def test_completions_that_are_not_written_yet_share_their_prompt_in_a_micro_batch() -> None:
     prompts = [{"prompt_ids": list(range(100 * n, 100 * n + 20))} for n in range(6)]
     batches = Batches(prompts, LanguageCollator(0), "shared", world_size=2, written=Written(4, 8))
@@ -107,6 +116,7 @@ def test_a_run_is_described_as_it_is_configured() -> None:
     assert run.steps == 2 * 7 and run.checkpointing and run.forward == "shared" and run.optimizer == "adamw_torch_fused"
     assert run.policy.size == run.policy.trained_size > 0
     assert run.checkpoints_kept == 0 and run.checkpoints_made == 0
+    assert run.evaluated is None and run.per_device_eval == 0
 
 
 def test_saves_are_counted() -> None:
@@ -209,6 +219,29 @@ def test_the_smallest_change_is_one_and_makes_it_fit() -> None:
     assert found.smallest.fits and found.smallest.setting.parts == 1
     one_less = chosen(run, 40)
     assert one_less.smallest is not None and one_less.smallest.setting.parts >= 1
+
+
+def with_evaluation(run: Run, rows: int) -> tuple[Run, Any]:
+    """Return the run with evaluations in batches of `rows`, and what gives their heaviest micro-batch."""
+
+    def evaluated(count: int) -> Micro:
+        return Micro(2 * count, count * 4096.0, count * 2048.0, count * 4096.0 * 2049, 2048, count * 4096.0)
+
+    return replace(run, evaluated=evaluated(rows), per_device_eval=rows), evaluated
+
+
+def test_where_an_evaluation_takes_most_its_batch_is_made_smaller() -> None:
+    """No other choice helps there, and the sums of an evaluation do not depend on its batches."""
+    run, evaluated = with_evaluation(run_of(per_device=1, accumulation=16), 1024)
+    found = chosen(run, 139, evaluated=evaluated)
+    assert found.configured.plan.memory.at == "evaluation" and not found.configured.fits
+    assert found.smallest is not None and set(found.smallest.changes) == {"per_device_eval_batch_size"}
+    rows = found.smallest.changes["per_device_eval_batch_size"]
+    assert rows < 1024 and found.smallest.plan.run.per_device_eval == rows and found.smallest.fits
+    assert found.best is not None and "per_device_eval_batch_size" in found.best.changes
+    small, evaluated = with_evaluation(run_of(per_device=1, accumulation=16), 1)
+    assert "per_device_eval_batch_size" not in {name for way in chosen(small, 139, evaluated=evaluated).fitting
+                                                for name in way.changes}  # fmt: skip
 
 
 def test_where_two_choices_have_to_change_both_are_named() -> None:

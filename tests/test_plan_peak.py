@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align_kit.cards import PHASE_KINDS
 from align_kit.forward import head
 from align_kit.forward.door import open_door
 from align_kit.forward.layout import pack_rows
 from align_kit.plan import peak as peaks
 from align_kit.plan.activations import block_for, blocks_of, by_numbers
 from align_kit.plan.facts import Block, EngineFacts, Held, Micro, Rollout, Run, Shape, Weight
-from align_kit.plan.gathers import BACKWARD, FORWARD, LEARNING, Coordinator, InMemory
+from align_kit.plan.gathers import BACKWARD, EMBEDS, FORWARD, LEARNING, Coordinator, InMemory
 from align_kit.plan.peak import moments
 from align_kit.plan.visits import Call, Module, carry
 from align_kit.plan.whole import Whole
@@ -180,6 +181,25 @@ def test_a_reference_computes_beside_what_the_policy_keeps() -> None:
     assert "reference" not in moments(replace(run, frozen=(Held("reference", "cached"),)))
 
 
+def test_an_evaluation_takes_what_a_forward_takes_and_its_batch() -> None:
+    """2,000 tokens in a layer, told of positions, or 3,000 x 5,000 logits; nothing is kept. The next batch waits."""
+    looks = Micro(sequences=8, tokens=2_000, predicted=3_000, pairs=0, longest=500)
+    run = run_of(EMBEDDING, HEAD, stage=2, evaluated=looks)
+    batch = 2 * 24 * 8 * 500
+    cpu, cuda = moments(run)["evaluation"], moments(run, "cuda")["evaluation"]
+    states = 4 * 3_000 * HIDDEN + 10 * 2_000
+    assert cpu == {"activations": states + 4 * 3_000 * VOCAB + 4 * peaks.NEAR, "batch": batch}
+    assert cuda == {"activations": states + 2 * 4 * 3_000 * VOCAB, "batch": batch // 2}
+    told = replace(BLOCK, beside=7)
+    scorer = replace(run, policy=replace(run.policy, head="score", block=told))
+    assert moments(scorer)["evaluation"] == {"activations": 2_000 * (30 + 7), "batch": batch}
+    larger = Held("reference", "sharded", replace(run.policy, head="score", block=replace(told, forward=10**6)))
+    assert moments(replace(scorer, frozen=(larger,)))["evaluation"]["activations"] == 2_000 * (10**6 + 7)
+    stored = replace(larger, placement="cached")
+    assert moments(replace(scorer, frozen=(stored,))) == moments(scorer), "nobody computes it again"
+    assert "evaluation" not in moments(replace(run, evaluated=None))
+
+
 def test_a_rollout_keeps_keys_and_values_and_gathers_what_writes() -> None:
     writes = Rollout(4, 4, 10, 30, 20, "gathered", 4, 1)
     policy = Weight("policy.embed_tokens.weight", EMBEDDING.shape), Weight("policy.l.weight", LAYER.shape)
@@ -263,17 +283,17 @@ def test_a_bucket_lies_in_memory_twice_until_its_last_parameter_is_used() -> Non
     """40 alone; then 30, 20 and 10 in one buffer of 60, joined as the first of them is used."""
     made, calls = coordinator(40, 30, 20, 10, bucket=60)
     memory = settled_memory(made, calls)
-    assert memory.held[FORWARD, 0, False] == 60 + 60  # while the second computes: all three joined, and the buffer
-    assert memory.held[FORWARD, 0, True] == 10  # the last: what was joined for it
+    assert memory.held[FORWARD, EMBEDS, False] == 60 + 60  # while the second computes: all three joined, and the buffer
+    assert memory.held[FORWARD, EMBEDS, True] == 10  # the last: what was joined for it
     # The buffer is asked for before the first computes, in a copy that is gone; then it is received in another.
-    assert memory.arriving[FORWARD, 0, False] == memory.copied[FORWARD, 0, False] == 40 + 60 + 60
+    assert memory.arriving[FORWARD, EMBEDS, False] == memory.copied[FORWARD, EMBEDS, False] == 40 + 60 + 60
 
 
 def test_nothing_is_fetched_ahead_before_the_order_is_known() -> None:
     made, calls = coordinator(100, 30, 20, 10, bucket=60)
     made.forward(calls)
-    assert made.memory.held == {(FORWARD, 0, False): 100, (FORWARD, 0, True): 10}
-    assert made.memory.arriving[FORWARD, 0, False] == 200
+    assert made.memory.held == {(FORWARD, EMBEDS, False): 100, (FORWARD, EMBEDS, True): 10}
+    assert made.memory.arriving[FORWARD, EMBEDS, False] == 200
 
 
 def test_weights_are_held_whole_by_the_layers_that_have_run() -> None:
@@ -397,3 +417,30 @@ def test_a_real_run_takes_what_was_planned(ranks: Ranks, tmp_path: Path, stage: 
     peaks = json.loads((tmp_path / "report.0").read_text())["peaks"]
     plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
     assert plan["peak_bytes"] == pytest.approx(max(peaks["backward"], peaks["step"], peaks["save"]), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "stage"), [("sft", 3), ("dpo", 2), ("reward", 3)])
+def test_a_real_evaluation_takes_what_was_planned(ranks: Ranks, tmp_path: Path, phase: str, stage: int) -> None:
+    """Within 10 %, of batches that are far larger than those trained on: the run's peak is there."""
+    engine = {"stage": stage, "reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 500}
+    kind = PHASE_KINDS[phase][0]
+    held_out = {"path": str(write_rows(tmp_path / "held_out.jsonl", make_rows(kind, 70, seed=5))), "split": "train"}
+    options = {
+        **SETTINGS,
+        "model_name_or_path": write_model(tmp_path / "model", num_hidden_layers=4),
+        "datasets": [{"path": str(write_rows(tmp_path / "rows.jsonl", make_rows(kind, 48)))}],
+        "eval_datasets": [held_out],
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "per_device_eval_batch_size": 32,
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+        "deepspeed": {"train_batch_size": "auto", "zero_optimization": engine},
+        "output_dir": tmp_path / "out",
+    }
+    argv = [phase, *words(options)]
+    ranks.run(function="benchmarks._allocator:run_watched", argv=argv, report=str(tmp_path / "report")).ok()
+    found = max(json.loads((tmp_path / f"report.{rank}").read_text())["peaks"]["evaluation"] for rank in range(2))
+    plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
+    assert plan["peak_at"] == "evaluation" and plan["peak_bytes"] == pytest.approx(found, rel=0.1)

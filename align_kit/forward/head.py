@@ -126,6 +126,7 @@ class _Chunked(torch.autograd.Function):
             kept = _logits(hidden_PH[cut], weight_VH, bias_V, scaling, ask.temperature)
             for at, near_PV in _near(kept, cut):
                 logps_P[at], top1_P[at], total_P[at], entropy_P[at], squares_P[at] = _read(near_PV, ask, at)
+            del near_PV  # a view, which would keep its chunk beside the next
         ctx.save_for_backward(hidden_PH, weight_VH, bias_V, total_P, entropy_P)
         ctx.kept, ctx.ask, ctx.scaling, ctx.rows = kept, ask, scaling, rows
         ctx.mark_non_differentiable(top1_P, squares_P)
@@ -159,7 +160,7 @@ class _Chunked(torch.autograd.Function):
                     into_weight_VH += into_logits_PV.t() @ hidden_PH[cut]
             if into_bias_V is not None:
                 into_bias_V += into_logits_PV.sum(0, dtype=into_bias_V.dtype)
-            del logits_PV, into_logits_PV  # before the next chunk takes its memory
+            del logits_PV, near_PV, into_logits_PV  # before the next chunk takes its memory
         found = (into_hidden_PH, into_weight_VH, into_bias_V)
         narrowed = (g if g is None else g.to(weight_VH.dtype) for g in found)
         return (*narrowed, None, None, None)

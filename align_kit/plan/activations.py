@@ -62,7 +62,8 @@ def by_numbers(shape: Shape, precision: str) -> Block:
     saved = 6 * hidden + 3 * queries + 2 * shape.kv_heads * shape.head_dim + 4 * inner
     moving = wide * (hidden + max(3 * inner, hidden + 3 * queries))
     passes = 1 + any(weight.name.startswith("value") for weight in shape.weights)
-    return Block(wide * saved, wide * hidden, 3 * wide * hidden, moving, moving, wide * saved + moving, passes)
+    again, told = wide * saved + moving, 2 * wide * shape.head_dim
+    return Block(wide * saved, wide * hidden, 3 * wide * hidden, moving, moving, again, passes, told)
 
 
 # --- weighing -----------------------------------------------------------------------------------------------------
@@ -88,9 +89,11 @@ def _weighed(trunk: Any, layers: Any, tokens: int) -> dict[str, float]:
     # With a mask, which is never read: some models look for padding where there is none.
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with _scales()(trunk) as scales:
+        before = scales.live
         with torch.no_grad(), _around(layers[-1], scales) as idle:
             width = trunk(**asked).last_hidden_state.untyped_storage().nbytes()
-        found: dict[str, float] = {"hidden": width, "forward": idle["highest"] + width}
+        beside = max(0, idle["start"] - before - width)
+        found: dict[str, float] = {"hidden": width, "forward": idle["highest"] + width, "beside": beside}
         if not any(parameter.requires_grad for parameter in trunk.parameters()):  # no backward, nothing is kept for it
             return {**found, "saved": 0, "ends": 0, "backward": 0, "again": 0}
         with _around(layers[-1], scales) as layer:

@@ -41,7 +41,8 @@ class Batches:
     `rows` are the rows or a sample of them, `collate` the phase's way from rows to a padded batch, `mode` the way
     batches are computed; `whole` tells that every token is computed and each sequence gives one score.
     `world_size` shapes the step inside which rows are dealt out. `longest` is the longest row of all, where `rows` is a
-    sample; `written` is given where the rows are prompts.
+    sample; `written` is given where the rows are prompts. `held_out` are rows of the evaluation in their order, the
+    longest first where they are a sample; those that are trained on stand for them where there are none.
     """
 
     rows: Sequence[Row]
@@ -51,6 +52,7 @@ class Batches:
     whole: bool = False
     longest: Row | None = None
     written: Written | None = None
+    held_out: Sequence[Row] = ()
 
     def sized(self, per_device: int, accumulation: int) -> tuple[Micro, Micro]:
         """Return the mean and the worst micro-batch of `per_device` rows on a rank, `accumulation` of them a step."""
@@ -62,6 +64,13 @@ class Batches:
         if self.longest is not None:  # it has to come some time, in the heaviest micro-batch at worst
             heaviest[0] = [self._whole(self.longest), *sorted(heaviest[0], key=_length)[:-1]]
         return _mean(typical), _worst([*typical, *map(self.micro, heaviest)])
+
+    def evaluated(self, per_device: int) -> Micro:
+        """Return the heaviest micro-batch of `per_device` rows in an evaluation, which takes them as they come."""
+        rows = list(self.held_out or [*([] if self.longest is None else [self.longest]), *self.rows])[:DRAWN]
+        rows += [rows[place % len(rows)] for place in range(-len(rows) % per_device)]  # the last batch is filled up
+        batches = [rows[start : start + per_device] for start in range(0, len(rows), per_device)]
+        return _worst([self.micro(rows) for rows in sorted(batches, key=self._work, reverse=True)[:HEAVIEST]])
 
     def micro(self, rows: Sequence[Row]) -> Micro:
         """Return what computing `rows` as one micro-batch takes."""

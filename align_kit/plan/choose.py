@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
 
-from align_kit.plan.facts import EngineFacts, Held, Placement, Run
+from align_kit.plan.facts import EngineFacts, Held, Micro, Placement, Run
 from align_kit.plan.hardware import Hardware
 from align_kit.plan.memory import Memory, memory
 from align_kit.plan.plan import Plan
@@ -64,20 +64,21 @@ class Setting:
     checkpointing: bool | None = None
     placements: tuple[tuple[str, str], ...] = ()  # (role, placement)
     per_device: int | None = None
+    evaluates: int | None = None  # rows a rank evaluates on at a time
 
     @property
     def parts(self) -> int:
         """How many choices differ from the configuration."""
-        return sum(bool(part) for part in (self.engine, self.placements, self.per_device)) + (
-            self.checkpointing is not None
-        )
+        said = (self.engine, self.placements, self.per_device, self.evaluates)
+        return sum(bool(part) for part in said) + (self.checkpointing is not None)
 
 
 @dataclass(frozen=True)
 class Space:
     """The run as configured, and what may be changed of it.
 
-    `sized` gives a run at another micro-batch and accumulation; `cut_is_free` tells that the loss is the same however
+    `sized` gives a run at another micro-batch and accumulation, `evaluated` the heaviest micro-batch of so many rows in
+    an evaluation; `cut_is_free` tells that the loss is the same however
     a global batch is cut, `by_global_batch` that the accumulation follows from `global_batch_size`, `cached` that the
     reference may be computed once and stored, `passes` how often the run goes through its data.
     """
@@ -85,6 +86,7 @@ class Space:
     run: Run
     engines: Sequence[Engine]
     sized: Callable[[Run, int, int], Run]
+    evaluated: Callable[[int], Micro] | None = None
     cut_is_free: bool = True
     by_global_batch: bool = False
     cached: bool = False
@@ -180,8 +182,24 @@ class _Tried:
         None too where that is the run as configured.
         """
         sizes = [size for size in _sizes(self.space) if below is None or (size is not None and size < below)]
-        settings = (replace(combination, per_device=size) for size in sizes)
-        return next((one for one in settings if one.parts and self.fits(applied(self.space, one))), None)
+        settings = (self.lighter(replace(combination, per_device=size)) for size in sizes)
+        return next((one for one in settings if one is not None and one.parts), None)
+
+    def lighter(self, setting: Setting) -> Setting | None:
+        """Return `setting` where it fits, else with the largest micro-batch of evaluations that it fits with, if any.
+
+        The sums of an evaluation do not depend on its batches.
+        """
+        rows = self.space.run.per_device_eval
+        while True:
+            run = applied(self.space, setting)
+            needs = self.memory(run)
+            if self.limits.fits(run, needs, SPARE):
+                return setting
+            if needs.at != "evaluation" or rows < 2:
+                return None
+            rows //= 2
+            setting = replace(setting, evaluates=rows)
 
     def __call__(self, setting: Setting) -> Way:
         if setting not in self._ways:
@@ -261,6 +279,8 @@ def applied(space: Space, setting: Setting) -> Run:
         run = replace(run, engine=setting.engine.facts)
     if setting.checkpointing is not None:
         run = replace(run, checkpointing=setting.checkpointing)
+    if setting.evaluates and space.evaluated:
+        run = replace(run, evaluated=space.evaluated(setting.evaluates), per_device_eval=setting.evaluates)
     if setting.per_device is None:
         return run
     return space.sized(run, setting.per_device, run.per_device * run.accumulation // setting.per_device)
@@ -276,6 +296,8 @@ def changes(space: Space, setting: Setting) -> dict[str, Any]:
         if not space.by_global_batch:
             share = space.run.per_device * space.run.accumulation
             said["gradient_accumulation_steps"] = share // setting.per_device
+    if setting.evaluates is not None:
+        said["per_device_eval_batch_size"] = setting.evaluates
     if setting.checkpointing is not None:
         said["gradient_checkpointing"] = setting.checkpointing
     return said | {f"{role}_placement": placement for role, placement in setting.placements}
@@ -287,11 +309,13 @@ def changes(space: Space, setting: Setting) -> dict[str, Any]:
 def smallest_change(space: Space, tried: _Tried) -> Way | None:
     """Return the way that fits with the fewest choices changed, of these the quickest; None where none fits."""
     known = list(combinations(space))
-    for count in range(1, 5):
+    for count in range(1, 6):
         alone = [one for one in known if one.parts == count and tried.fits(applied(space, one))]
-        smaller = [tried.largest(one, below=space.run.per_device) for one in known if one.parts == count - 1]
-        if fitting := [*alone, *filter(None, smaller)]:
-            return min(map(tried, fitting), key=lambda way: way.seconds)
+        fewer = [one for one in known if one.parts == count - 1]
+        smaller = [tried.largest(one, below=space.run.per_device) for one in fewer]
+        lighter = [tried.lighter(one) for one in fewer]
+        if fitting := [*alone, *(one for one in [*lighter, *smaller] if one is not None and one.parts >= count)]:
+            return min(map(tried, fitting), key=lambda way: (way.setting.parts, way.seconds))
     return None
 
 
@@ -300,8 +324,8 @@ def _wider(space: Space, tried: _Tried) -> Wider | None:
 
     The global batch stays as long as the ranks can share it evenly; beyond that each has one micro-batch.
     """
-    smallest = _sizes(space)[-1]
-    settings = [replace(combination, per_device=smallest) for combination in combinations(space)]
+    smallest, least = _sizes(space)[-1], 1 if tried.memory(space.run).at == "evaluation" else None
+    settings = [replace(combination, per_device=smallest, evaluates=least) for combination in combinations(space)]
     runs = [applied(space, setting) for setting in settings]
     needs = [tried.limits.needed(run, tried.memory(run)) for run in runs]
     leanest = [min(range(len(runs)), key=lambda way: (needs[way][first], needs[way][1 - first])) for first in (0, 1)]

@@ -25,6 +25,7 @@ class Data:
     rows: Sequence[Row]
     collate: Callable[[Sequence[Row]], Mapping[str, Any]]
     longest: Row | None = None  # of all rows, where `rows` is a sample
+    held_out: Sequence[Row] = ()  # rows to evaluate on, the longest first where they are a sample
     notes: tuple[str, ...] = ()  # what was assumed, in words
 
 
@@ -106,6 +107,8 @@ def describe(
         steps=steps,
         forward=batches.mode,
         checkpointing=recomputes(config),
+        evaluated=batches.evaluated(rows) if (rows := _evaluated(recipe, config)) else None,
+        per_device_eval=rows,
         rollout=_rollout(recipe, config, data.rows, site.batch),
         nodes=site.nodes,
         checkpoints_kept=asked(config, "save_total_limit") if saves(config) else 0,
@@ -218,8 +221,15 @@ def _batches(recipe: Any, config: Config, data: Data, site: Site, mode: Any) -> 
         world_size=site.batch.world_size,
         whole=recipe.head == "score",
         longest=data.longest,
+        held_out=data.held_out,
         written=written,
     )
+
+
+def _evaluated(recipe: Any, config: Config) -> int:
+    """Return the rows of a micro-batch of the evaluations; 0 where there are none, or they write as rollouts do."""
+    evaluates = asked(config, "eval_strategy", "no") != "no" and not recipe.writes
+    return int(config.value("per_device_eval_batch_size")) if evaluates else 0
 
 
 def _rollout(recipe: Any, config: Config, rows: Sequence[Row], batch: BatchPlan) -> Rollout | None:

@@ -207,6 +207,10 @@ class Played:
     def _has(self, role: str) -> bool:
         return any(held.role == role for held in self.run.frozen)
 
+    def look(self) -> None:
+        """Play an evaluation: each forward finds what the one before has left."""
+        self._repeat(LOOKED, self._ratio)
+
     def _answer(self, role: str) -> None:
         """Play a forward of a frozen role, in whichever engine computes it."""
         held: Held | None = next((held for held in self.run.frozen if held.role == role), None)
@@ -236,17 +240,19 @@ def without_sizes(run: Run) -> Run:
     nothing = Micro(0, 0, 0, 0, 0)
     alike = {"mean": nothing, "worst": nothing, "steps": 0, "accumulation": 1, "per_device": 1, "world_size": 1}
     alike |= dict.fromkeys(("checkpoints_made", "checkpoints_kept", "checkpoints_lasting"), 0)
-    return replace(run, **alike, nodes=1, checkpoints_limit=None, notes=())  # type: ignore[arg-type]
+    return replace(run, **alike, nodes=1, evaluated=None, per_device_eval=0, checkpoints_limit=None, notes=())  # type: ignore[arg-type]
 
 
+LOOKED = 4  # batches of an evaluation: further ones find what the last did
 LEARNT_BY = 8  # steps (or iterations) by which ZeRO-3 has learnt the order of the modules, if it ever does
 
 
 @functools.lru_cache(maxsize=64)
-def played(run: Run, micros: int, begun: int | None = None) -> list[Gathered]:
+def played(run: Run, micros: int, begun: int | None = None, evaluates: bool = False) -> list[Gathered]:
     """Return what one step (or iteration) of `run` gathers with `micros` micro-batches, once it is as the one before.
 
-    Or after as many steps (or iterations) as have `begun`.
+    Or after as many steps (or iterations) as have `begun`. Where it `evaluates`, what an evaluation in place of the
+    step does.
     """
     play = Played(run, micros)
     play.start()
@@ -256,5 +262,5 @@ def played(run: Run, micros: int, begun: int | None = None) -> list[Gathered]:
         if begun is None and play.standing() == standing:
             break
     play.forget()
-    play.cycle()
+    play.look() if evaluates else play.cycle()
     return play.gathered()

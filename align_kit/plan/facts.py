@@ -41,7 +41,8 @@ class Block:
     `saved` is kept for the backward, `hidden` is what goes from layer to layer (all that a checkpointed layer keeps),
     `ends` is kept outside the layers; `forward` is what a forward without gradient takes at most, its input included,
     `backward` what a backward takes at most beside what was kept, and `again` that of a checkpointed layer, which is
-    computed again in it. `passes` trunks are computed and kept together.
+    computed again in it. `passes` trunks are computed and kept together. `beside` is there while all layers compute:
+    what they are told of positions.
     """
 
     saved: float
@@ -51,6 +52,7 @@ class Block:
     backward: float
     again: float
     passes: int = 1
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Run:
     forward: Literal["shared", "packed", "plain"] = "packed"
     checkpointing: bool = False
     frozen: tuple[Held, ...] = ()
+    evaluated: Micro | None = None  # the heaviest micro-batch of an evaluation, where the run has any
+    per_device_eval: int = 0  # its rows
     rollout: Rollout | None = None
     nodes: int = 1
     checkpoints_kept: int | None = 1  # None: all; 0: none are made

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from align_kit.plan.visits import Call, Module
 
 INVALID, RECORDING, COMPLETE = range(3)
+EMBEDS = -1  # in place of the layers that have run, before the first is entered
 FORWARD, LEARNING, BACKWARD = "forward", "learning", "backward"  # of which the second is followed by the third
 NEVER = -(10**10)
 GLOO_THREADS = 2  # of a process group (torch: `ProcessGroupGloo::Options`)
@@ -136,7 +137,7 @@ class Coordinator:
 
     def forward(self, calls: Iterable[Call], *, learns: bool = False) -> None:
         """Run a forward of the whole engine; where it `learns` a backward follows, sooner or later."""
-        self.passing, self.depth = LEARNING if learns else FORWARD, 0
+        self.passing, self.depth = LEARNING if learns else FORWARD, EMBEDS
         self._begin()
         for call in calls:
             self._forward(call, learns)
@@ -224,6 +225,8 @@ class Coordinator:
         A forward without gradients makes DeepSpeed forget that an earlier one's are to come (`ds_grads_remaining`).
         """
         self._enter(call.module)
+        if call.module.is_layer:
+            self.depth = max(self.depth, 0)
         self.awaited[id(call.module)] = int(learns and call.takes)
         self._fetch(call.module)
         self._weigh(call.module)

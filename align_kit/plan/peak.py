@@ -16,11 +16,12 @@ from itertools import accumulate
 from align_kit.plan.activations import block_for
 from align_kit.plan.engines import has_engine
 from align_kit.plan.facts import Block, Held, Micro, Rollout, Run, Shape, Weight
-from align_kit.plan.gathers import BACKWARD, FORWARD, GLOO_THREADS, LEARNING
+from align_kit.plan.gathers import BACKWARD, EMBEDS, FORWARD, GLOO_THREADS, LEARNING
 from align_kit.plan.state import resident
 from align_kit.plan.whole import Whole
 
 FP32, FP64 = 4, 8
+BATCH = 3 * 8  # bytes of a batch at each place: ids, attention mask, loss mask
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of the head that live together: `forward.head.CHUNK`
 NEAR = 1 << 18  # of which those that are exponentiated together on a CPU: `forward.head.NEAR`
 REFRESHED = 1 << 26  # elements of a copied policy that are gathered together: `trainers.rollout.CHUNK`
@@ -33,8 +34,8 @@ def moments(run: Run, device: str = "cpu", begun: int | None = None) -> dict[str
 
     "forward" is a micro-batch's forward in the layers, "head" where it turns into the backward, "backward" the latter
     in the layers, "reduce" its end; "reference" is a frozen model's forward before the head turns, "step" the
-    optimizer's, "save" the storing of the final model. `begun`: after so many steps (of an online phase: iterations),
-    while ZeRO-3 learns in which order modules run; else once it knows.
+    optimizer's, "evaluation" what computes in one, "save" the storing of the final model. `begun`: after so many steps
+    (of an online phase: iterations), while ZeRO-3 learns in which order modules run; else once it knows.
     """
     whole = Whole.of(run, device, begun)
     found = {
@@ -49,6 +50,10 @@ def moments(run: Run, device: str = "cpu", begun: int | None = None) -> dict[str
         found |= {"rollout": _rollout(run, run.rollout, device), "score": _score(run, run.rollout, device, whole)}
     elif computing := [held for held in run.frozen if held.placement != "cached"]:
         found["reference"] = _reference(run, computing, device, whole)
+    if run.evaluated:
+        batch = BATCH * run.evaluated.sequences * run.evaluated.longest * (2 if device == "cpu" else 1)  # and the next
+        held = Whole.of(run, device, begun, evaluates=True)
+        found["evaluation"] = {**_looking(run, run.evaluated, device, held), "batch": batch}
     return {moment: {name: round(size) for name, size in parts.items() if size >= 1} for moment, parts in found.items()}
 
 
@@ -62,9 +67,10 @@ def _begin(run: Run, device: str, whole: Whole) -> Parts:
     ways: list[Parts] = []
     for depth, held in found.items():
         before = min(depth, last)
-        kept = {"activations": _kept(run, before) + layer, "head": _kept_logits(run, before, device)}
-        ways.append({**kept, "gathered": held})
-    ways += ({"activations": _kept(run, depth), "gathered": n} for depth, n in whole.come(LEARNING).items())
+        computes = {"activations": _kept(run, before) + layer, "head": _kept_logits(run, before, device)}
+        embeds = {"activations": _block(run, run.policy).hidden * run.worst.tokens}
+        ways.append({**(embeds if depth == EMBEDS else computes), "gathered": held})
+    ways += ({"activations": _kept(run, max(0, depth)), "gathered": n} for depth, n in whole.come(LEARNING).items())
     return {**_most(ways), "gradients in flight": _gradients(run, device).before}
 
 
@@ -175,7 +181,7 @@ def _head_bytes(run: Run, shape: Shape, micro: Micro, device: str, *, by_weight:
         return 0
     element, narrow, states = run.engine.element_bytes, run.engine.precision != "fp32", _states(run, shape, micro)
     if run.forward == "plain":
-        return micro.tokens * shape.vocab * (2 if by_weight is None else 4) * FP32
+        return micro.tokens * shape.vocab * ((2 if by_weight is None else 4) * FP32 + (element if narrow else 0))
     rows = min(micro.predicted, max(1, CHUNK[device] // shape.vocab))
     chunk, beside = rows * shape.vocab * FP32, rows * shape.vocab * (element if narrow else 0)
     # To be exponentiated: at once on CUDA, on a CPU by rows that its cache holds.
@@ -207,7 +213,9 @@ def _forwards(run: Run, held: Held | None, micro: Micro, device: str, whole: Who
     own_engine = held is None or held.shape is None or has_engine(held)
     by_depth = whole.by(FORWARD, role=role) if own_engine else {}
     floated = _floated(run, shape) if quantised else 0
-    yield {"layer": block.forward * micro.tokens + floated, "gathered": max(by_depth.values(), default=0)}
+    yield {"layer": block.hidden * micro.tokens, "gathered": by_depth.pop(EMBEDS, 0)}
+    layer = (block.forward + block.beside) * micro.tokens
+    yield {"layer": layer + floated, "gathered": max(by_depth.values(), default=0)}
     head = block.hidden * micro.tokens + _head_bytes(run, shape, micro, device)
     yield {"layer": head, "gathered": whole.at_head(FORWARD, role=role) if own_engine else 0}
 
@@ -369,8 +377,13 @@ def _score(run: Run, rollout: Rollout, device: str, whole: Whole) -> Parts:
     """Policy, value function, reference and rewards look at what was written, one after the other."""
     length = rollout.longest_prompt + rollout.response_tokens
     rows = min(rollout.score_batch_size, rollout.completions)
-    micro = Micro(rows, rows * length, rows * rollout.response_tokens, rows * length * length / 2, length)
-    scorers = [None, *(held for held in run.frozen if held.shape is not None)]
+    written = rows * rollout.response_tokens
+    return _looking(run, Micro(rows, rows * length, written, rows * length * length / 2, length), device, whole)
+
+
+def _looking(run: Run, micro: Micro, device: str, whole: Whole) -> Parts:
+    """The policy and the frozen models compute one after the other, and nothing is kept for a backward."""
+    scorers = [None, *(held for held in run.frozen if held.shape is not None and held.placement != "cached")]
     most = _most(way for held in scorers for way in _forwards(run, held, micro, device, whole))
     return {"activations" if name == "layer" else name: size for name, size in most.items()}
 

@@ -28,7 +28,7 @@ RUNNERS_UP = 2
 MOMENTS = {
     "forward": "in the forward", "head": "at the LM head", "backward": "in the backward",
     "reduce": "reducing gradients", "step": "in the update", "reference": "while the reference computes",
-    "rollout": "writing", "score": "scoring", "save": "saving",
+    "rollout": "writing", "score": "scoring", "save": "saving", "evaluation": "in an evaluation",
 }  # fmt: skip
 
 

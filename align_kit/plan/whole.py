@@ -26,13 +26,13 @@ class Whole:
     element_bytes: int
 
     @classmethod
-    def of(cls, run: Run, device: str, begun: int | None = None) -> Whole:
-        """Play an optimizer step of `run`, or an iteration of an online phase: see `played`."""
+    def of(cls, run: Run, device: str, begun: int | None = None, *, evaluates: bool = False) -> Whole:
+        """Play an optimizer step of `run`, or an iteration of an online phase, or an evaluation: see `played`."""
         alone = run.world_size == 1
         if run.engine.stage != 3 or (alone and run.engine.offload_param == "none"):  # a lone rank's shards are whole
             return cls({}, {}, {}, 0)
         copies = device == "cpu" and not alone
-        models = played(without_sizes(run), min(run.accumulation, PLAYED), begun)
+        models = played(without_sizes(run), min(run.accumulation, PLAYED), begun, evaluates)
         policy, *frozen = (one.memory.copied if copies else one.memory.held for one in models)
         roles = [held.role for held in run.frozen if has_engine(held)]
         arriving = models[0].memory.arriving if copies else {}

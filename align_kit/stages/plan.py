@@ -194,6 +194,7 @@ def choice(
         run=described.run,
         engines=engines,
         sized=lambda run, size, accumulation: describe.with_batch(run, sized(size, accumulation), size, accumulation),
+        evaluated=cache(described.batches.evaluated),
         cut_is_free=describe.cut_is_free(config),
         by_global_batch=config.run.global_batch_size is not None,
         cached="reference" in recipe.needs and not recipe.writes and not describe.asked(config, "sync_ref_model"),
@@ -257,7 +258,8 @@ def planned(
 
     def weigh(device: Hardware) -> tuple[Planned, str | None]:
         recorded = home.manifest.get("frozen", {}) if home.resume_from else {}
-        data = sampled.known(recipe, config, rows.train.rows, words, batch.global_batch)
+        held_out = rows.eval.rows if rows.eval else None
+        data = sampled.known(recipe, config, rows.train.rows, words, batch.global_batch, held_out)
         tell = partial(
             described, recipe, config, start.source, data,
             find=lambda name, option: source.resolve(name, option=option),
