@@ -22,8 +22,8 @@ USAGE = """usage: align-kit check <recipe> [--config a.yaml ...] [--key value ..
 Looks at everything the run would stop at: options, output folder, models (names, shapes and numbers as stored), words,
 all rows of the data, and whether it fits on this machine. Nothing trains and no process group is joined. Exit code 2 at
 what is wrong, with one line for each part of the run; what is only suspicious is a warning."""
-VALUE = "value_model_name_or_path"
-MODELS = {"reference_model_name_or_path": "lm", "reward_model_name_or_path": "score", VALUE: "score"}  # and their ends
+REWARD, VALUE = "reward_model_name_or_path", "value_model_name_or_path"
+MODELS = {"reference_model_name_or_path": "lm", REWARD: "score", VALUE: "score"}  # and their ends
 Part = tuple[str, Callable[[], str]]
 
 
@@ -102,6 +102,9 @@ def _models(recipe: Recipe, config: Config, start: Source) -> str:
     beside = {source.resolve(name): key for name, key in named.items()}
     words = alone.words_of(config, start)
     for one, key in {start: "", **beside}.items():
+        if key == REWARD:  # which reads its own words; a value model may begin as a language model
+            source.check_scores(one, key)
+            models.load_tokenizer(one, trust_remote_code=config.value("trust_remote_code"))
         model = _without_weights(one, MODELS.get(key, recipe.head), config)
         if key in ("", VALUE):  # they read the words of the run
             models.check_vocabulary(model, words, config.model.tokenizer_name or start.name)

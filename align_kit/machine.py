@@ -93,6 +93,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_of(processes: int) -> int:
+    """Return the threads that each of so many processes computes with: its share of the cores, or OMP_NUM_THREADS."""
+    share = max(1, cores() // processes)
+    return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
+
+
+def beginning(threads: int) -> str:
+    """Return how processes that compute with so many threads on a CPU are begun, by multiprocessing's name for it.
+
+    A fork has everything imported; but where OpenMP has worked in this process, a fork of it that computes with more
+    than one thread waits for threads it has not.
+    """
+    return "fork" if threads == 1 else "spawn"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Memory of this machine in bytes: all of it, and what is free; `group` where a control group allows less."""

@@ -84,6 +84,24 @@ def test_models_beside_the_policy_are_held_against_what_they_describe(
     assert f"wrong: {torn} lacks 1 tensors of its configuration" in capsys.readouterr().out
 
 
+def test_a_reward_model_has_to_score(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value model may begin as a language model, what judges may not; and it needs words of its own."""
+    monkeypatch.chdir(tmp_path)
+    lab = lab_of(ranks)
+    shutil.copytree(lab.scorer, tmp_path / "mute")
+    for file in (tmp_path / "mute").glob("token*"):
+        file.unlink()
+    for judge, line in ((lab.model, "is no sequence classifier; give one"), ("mute", "has no tokenizer")):
+        options = lab.options("ppo", reward_model_name_or_path=judge, reward_funcs=None, output_dir="out")
+        with pytest.raises(UserError, match="ppo would stop at models: see above"):
+            check(["ppo", *words(options)])
+        assert line in capsys.readouterr().out
+    good = {"reward_model_name_or_path": lab.scorer, "value_model_name_or_path": lab.model, "output_dir": "out"}
+    assert check(["ppo", *words(lab.options("ppo", **good))]) == 0
+
+
 def test_an_adapter_is_checked_with_its_base(
     ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

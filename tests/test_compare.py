@@ -433,6 +433,6 @@ def doubled_or_killed(number: int) -> int:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_measuring_process_that_is_ended_is_told() -> None:
-    assert measuring.forked(doubled_or_killed, [1, 2, 3], 2) == [2, 4, 6]
+    assert measuring.shared_out(doubled_or_killed, [1, 2, 3], 2) == [2, 4, 6]
     with pytest.raises(UserError, match="ended from outside, for want of memory"):
-        measuring.forked(doubled_or_killed, [1, 13, 3], 2)
+        measuring.shared_out(doubled_or_killed, [1, 13, 3], 2)

@@ -101,6 +101,18 @@ def test_each_rank_gets_its_share_of_the_cores(given: str | None, ranks: int, th
     assert done.stdout.split() == [str(threads or 7), str(accelerator)]
 
 
+@pytest.mark.parametrize(
+    ("given", "processes", "threads"), [(None, 1, 8), (None, 3, 2), (None, 99, 1), ("1", 2, 1), ("16", 2, 4)]
+)
+def test_processes_share_the_cores(
+    given: str | None, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert machine.threads_of(processes) == threads
+    assert machine.beginning(threads) == ("fork" if threads == 1 else "spawn")
+
+
 def test_precision_follows_the_hardware() -> None:
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from align_kit import cards
+from align_kit import cards, machine
 from align_kit.data.load import load
 from align_kit.errors import UserError
 from align_kit.sampling.command import sample
@@ -65,6 +65,24 @@ def test_a_completion_depends_on_seed_prompt_and_model_alone(model: Path, asked:
     ]
     other = drawn(tmp_path / "d", model, asked, "--workers", "1", "--samples", "1", "--seed", "1")
     assert [row["completions"][0]["text"] for row in other] != [row["completions"][0]["text"] for row in whole]
+
+
+def test_workers_with_threads_of_their_own(
+    model: Path, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this process has computed with several threads, a fork of it that does so too would wait for ever."""
+    import torch
+
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.rand(1000, 1000).cos()
+        shared_out, alone = (drawn(tmp_path / n, model, asked, "--workers", n, "--samples", "1") for n in "21")
+    finally:
+        torch.set_num_threads(before)
+    assert shared_out == alone
 
 
 def test_the_likeliest_token_is_what_transformers_takes(model: Path, asked: Path, tmp_path: Path) -> None:

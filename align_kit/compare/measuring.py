@@ -35,7 +35,7 @@ def measure(tasks: Mapping[str, Task], home: Path, processes: int) -> dict[str, 
 
 
 def _spread(tasks: list[Task], processes: int) -> list[dict[str, Any]]:
-    """Do tasks in processes forked from this one, which has torch imported; one by one in this one on an accelerator.
+    """Do tasks in processes of their own, forks where that is safe; one by one in this one on an accelerator.
 
     A fork of a process that has asked CUDA anything, if only whether it is there, cannot use it.
     """
@@ -48,17 +48,20 @@ def _spread(tasks: list[Task], processes: int) -> list[dict[str, Any]]:
         return [work(replace(task, threads=machine.cores())) for task in tasks]
     large = max(_bytes(task) for task in tasks) > SMALL
     many = 1 if large else min(processes, machine.cores(), len(tasks))
-    threads = max(1, machine.cores() // many)
-    return forked(work, [replace(task, threads=threads) for task in tasks], many)
+    threads = machine.threads_of(many)
+    return shared_out(work, [replace(task, threads=threads) for task in tasks], many, machine.beginning(threads))
 
 
-def forked(act: Callable[[Any], Any], tasks: Sequence[Any], many: int) -> list[Any]:
-    """Do tasks in `many` processes; raise `UserError` where the system ends one of them, as for want of memory."""
+def shared_out(act: Callable[[Any], Any], tasks: Sequence[Any], many: int, begun: str = "fork") -> list[Any]:
+    """Do tasks in `many` processes, `begun` by a fork or anew.
+
+    Raises `UserError` where the system ends one of them, as for want of memory.
+    """
     # They are ended by SIGTERM, for which this process has a handler of its own.
     quietly = (signal.SIGTERM, signal.SIG_DFL)
-    fork = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(begun)
     try:
-        with ProcessPoolExecutor(many, fork, initializer=signal.signal, initargs=quietly) as pool:
+        with ProcessPoolExecutor(many, context, initializer=signal.signal, initargs=quietly) as pool:
             try:
                 return list(pool.map(act, tasks))
             except BaseException:

@@ -133,11 +133,7 @@ def load_reward(start: source.Source, identity: Identity, site: Site) -> RewardM
 
     Raises `UserError` where it is no sequence classifier with one label, or has no tokenizer beside it.
     """
-    if start.head != "score":
-        raise UserError(
-            f"reward_model_name_or_path {start.name} is no sequence classifier; give one with one label, such as the "
-            "folder of a finished reward run"
-        )
+    source.check_scores(start, "reward_model_name_or_path")
     words = load.load_tokenizer(start, trust_remote_code=bool(site.loading.get("trust_remote_code")))
     if identity.placement == "shared":
         site.policy.hold_reward(identity.role, start, words.pad_token_id)

@@ -90,6 +90,15 @@ def configuration(name: str, *, revision: str | None = None, option: str = "mode
     return Source(name, folder, random=not any(folder.glob("*.safetensors")))
 
 
+def check_scores(source: Source, option: str) -> None:
+    """Raise `UserError` where `source`, which `option` names, does not end in a score."""
+    if source.head != "score":
+        raise UserError(
+            f"{option} {source.name} is no sequence classifier; give one with one label, such as the folder of a "
+            "finished reward run"
+        )
+
+
 def _local_folder(name: str, revision: str | None, option: str, files: Sequence[str] = WEIGHT_FILES) -> Path:
     if name.startswith(BUILTIN):
         folder = PACKAGE / "data" / "embedded" / name.removeprefix(BUILTIN)

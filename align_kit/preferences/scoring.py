@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from align_kit import log, machine
 from align_kit.data.shapes import Row
-from align_kit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +26,7 @@ def scoring_source(name: str) -> Source:
     from align_kit.models import source
 
     found = source.resolve(name, option=OPTION)
-    if found.head != "score":
-        raise UserError(
-            f"{OPTION} {name} is no sequence classifier; give one with one label, such as the folder of a finished "
-            "reward run"
-        )
+    source.check_scores(found, OPTION)
     return found
 
 

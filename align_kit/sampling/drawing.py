@@ -85,10 +85,8 @@ def _places(work: Work, most: int) -> list[Place]:
     if torch.accelerator.is_available():
         count = min(work.workers or torch.accelerator.device_count(), max(1, most))
         return [Place(place % torch.accelerator.device_count(), 1) for place in range(count)]
-    cores = machine.cores()
-    count = min(work.workers or min(cores, _fitting(work.model)), max(1, most))
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))  # what the user has set is left alone
-    return [Place(None, threads)] * count
+    count = min(work.workers or min(machine.cores(), _fitting(work.model)), max(1, most))
+    return [Place(None, machine.threads_of(count))] * count
 
 
 def _fitting(model: str) -> int:
@@ -151,7 +149,8 @@ def _give(channel: Connection, left: Iterator[list[int]], given: dict[Connection
 def _workers(work: Work, places: Sequence[Place]) -> Iterator[list[Connection]]:
     """Start a process for each place, and end them all."""
     # Forks have torch imported, which takes longer than a small model; but an accelerator is lost on them.
-    context: Any = multiprocessing.get_context("fork" if places[0].device is None else "spawn")
+    begun = machine.beginning(places[0].threads) if places[0].device is None else "spawn"
+    context: Any = multiprocessing.get_context(begun)
     processes: list[Any] = []
     channels: list[Connection] = []
     try:
