@@ -159,6 +159,7 @@ def test_milestones_stay_on_the_disk_and_a_limit_of_bytes_holds() -> None:
         ("--save_steps 10", 10, 0),
         ("--save_steps 0.25", 4, 0),
         ("--save_steps 10 --save_milestone_steps 30", 10, 3),
+        ("--save_steps 20 --save_milestone_steps 30", 5, 1),
         ("--save_steps 10 --eval_strategy steps --eval_steps 10 --load_best_model_at_end true", 10, 1),
         ("--save_strategy no --save_minutes 15 --save_total_limit 4", 5, 0),
         ("--save_strategy no", 0, 0),

@@ -283,10 +283,10 @@ def saves(config: Config) -> bool:
 
 def _checkpoints(config: Config, steps: int) -> int:
     """Return how many checkpoints the run makes; of those by the clock, as many as lie there at a time."""
-    strategy, every = config.value("save_strategy"), config.value("save_steps")
+    strategy = config.value("save_strategy")
     made = int(saves(config))
     if strategy == "steps":
-        made = int(steps // (every if every >= 1 else max(1, math.ceil(every * steps))))
+        made = steps // _stride(config, steps)
     elif strategy == "epoch":
         made = math.ceil(float(config.value("num_train_epochs")))
     by_clock = (asked(config, "save_total_limit") or 0) + 1 if config.run.save_minutes else 0
@@ -296,7 +296,14 @@ def _checkpoints(config: Config, steps: int) -> int:
 def _lasting(config: Config, steps: int) -> int:
     """Return how many checkpoints the rule keeps beside the newest: milestones, and the best by metric."""
     every = config.run.save_milestone_steps
-    return (steps // every if every else 0) + bool(asked(config, "load_best_model_at_end"))
+    stride = _stride(config, steps) if config.value("save_strategy") == "steps" else 1
+    return (steps // math.lcm(every, stride) if every else 0) + bool(asked(config, "load_best_model_at_end"))
+
+
+def _stride(config: Config, steps: int) -> int:
+    """Return the steps from one checkpoint to the next; below 1, `save_steps` is a share of all."""
+    every = config.value("save_steps")
+    return int(every if every >= 1 else max(1, math.ceil(every * steps)))
 
 
 def with_batch(run: Run, micros: tuple[Micro, Micro], per_device: int, accumulation: int) -> Run:
