@@ -423,6 +423,7 @@ BUILT_IN = [("cpython_docs", "pretrain"), ("sums_text", "pretrain"), ("sums_sft"
             ("sums_reason", "ppo")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, phase", BUILT_IN)
 def test_built_in_cards_load(name, phase):
     pytest.importorskip("align_kit.data.embedded.sums")

@@ -74,6 +74,7 @@ def check_card(phase: str, name: str, split: str, read: int, kept: int, cache_di
         assert (batch["loss_mask"] <= batch["attention_mask"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, name, split, read, kept", BUILT_IN)
 def test_built_in_cards(phase: str, name: str, split: str, read: int, kept: int, tmp_path: Path) -> None:
     check_card(phase, name, split, read, kept, tmp_path)

@@ -85,6 +85,7 @@ def real_group() -> Iterator[Path]:
                 folder.rmdir()
 
 
+@pytest.mark.slow
 def test_a_real_group(real_group: Path) -> None:
     places = [real_group.parents[1] / kind / real_group.name / "cgroup.procs" for kind in ("memory", "cpu")]
     enter = "; ".join(f"echo $BASHPID > {place}" for place in places)

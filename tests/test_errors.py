@@ -157,6 +157,7 @@ def lock_of(extension: str, place: Path) -> dict[str, str]:
     return {"TORCH_EXTENSIONS_DIR": str(place / "extensions")}
 
 
+@pytest.mark.slow
 def test_a_stale_lock_in_the_way_is_named(ranks: Ranks, tmp_path: Path) -> None:
     from align_kit import zero
 
@@ -167,6 +168,7 @@ def test_a_stale_lock_in_the_way_is_named(ranks: Ranks, tmp_path: Path) -> None:
     refused(done, r"cpu_adam/lock is the lock of a just-in-time build that no longer runs; remove the file, or the")
 
 
+@pytest.mark.slow
 def test_a_stale_lock_out_of_the_way_is_a_warning(ranks: Ranks, tmp_path: Path) -> None:
     words = little_run("dpo", tmp_path, "--dry-run")
     done = ranks.run(*words, cwd=tmp_path, env=lock_of("cpu_adam", tmp_path)).ok()
@@ -268,11 +270,13 @@ def broken(ranks: Ranks, tmp_path: Path) -> Broken:
     return lambda fault: ranks.run(cwd=tmp_path, function=f"tests.rank_faults:{fault}", words=words)
 
 
+@pytest.mark.slow
 def test_a_bug_shows_its_traceback(broken: Broken) -> None:
     done = broken("run_with_a_bug")
     assert done.codes == [1, 1] and "RuntimeError: nobody foresaw this" in done.text and "error: " not in done.text
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_at_once(broken: Broken) -> None:
     done = broken("run_where_rank_1_dies")
     assert done.codes == [1, -9], "rank 0 ends by itself"

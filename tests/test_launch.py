@@ -69,6 +69,7 @@ DISAGREE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("env", "engine", "message"), DISAGREE)
 def test_a_disagreement_is_refused(
     env: dict[str, str], engine: str, message: str, ranks: Ranks, tmp_path: Path
@@ -78,6 +79,7 @@ def test_a_disagreement_is_refused(
     assert re.search(message, line), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [asking_for(3), {}])
 def test_agreement_goes_on(env: dict[str, str], ranks: Ranks, tmp_path: Path) -> None:
     done = ranks.run(*little_run("dpo", tmp_path, "--dry-run"), env=env, cwd=tmp_path).ok()

@@ -51,6 +51,7 @@ def soon(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_a_folder_in_use_is_refused_until_its_process_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None
@@ -81,6 +82,7 @@ def test_it_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
     occupied.release(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_the_process_that_started_it() -> None:
     with another(STARTS) as process:
         assert process.stdout

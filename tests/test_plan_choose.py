@@ -230,6 +230,7 @@ def with_evaluation(run: Run, rows: int) -> tuple[Run, Any]:
     return replace(run, evaluated=evaluated(rows), per_device_eval=rows), evaluated
 
 
+@pytest.mark.slow
 def test_where_an_evaluation_takes_most_its_batch_is_made_smaller() -> None:
     """No other choice helps there, and the sums of an evaluation do not depend on its batches."""
     run, evaluated = with_evaluation(run_of(per_device=1, accumulation=16), 1024)
@@ -244,6 +245,7 @@ def test_where_an_evaluation_takes_most_its_batch_is_made_smaller() -> None:
                                                 for name in way.changes}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_where_two_choices_have_to_change_both_are_named() -> None:
     run = run_of(stage="zero2", per_device=16, accumulation=1)
     found = chosen(run, 36)
@@ -272,6 +274,7 @@ def test_only_zero3_offloads_a_frozen_model() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_host_memory_counts_too() -> None:
     run = run_of(stage="zero3_offload", per_device=1, accumulation=16)
     assert chosen(run, 139).configured.fits
@@ -292,6 +295,7 @@ def test_more_ranks_are_named_where_nothing_else_helps() -> None:
     assert found.wider.changes in [way.changes for way in there.fitting]
 
 
+@pytest.mark.slow
 def test_more_ranks_share_the_batch_that_one_had() -> None:
     found = chosen(run_of(world_size=1, per_device=4, accumulation=16), 24, host=48)
     assert found.wider is not None and found.wider.batch == 64
@@ -304,6 +308,7 @@ def test_more_ranks_share_the_batch_that_one_had() -> None:
     assert there.fitting, "on so many ranks it fits"
 
 
+@pytest.mark.slow
 def test_a_global_batch_that_more_ranks_cannot_share_is_said_anew() -> None:
     given = {"host": 48, "by_global_batch": True}
     kept = chosen(run_of(world_size=1, per_device=4, accumulation=16), 24, **given).wider

@@ -67,6 +67,7 @@ def test_a_completion_depends_on_seed_prompt_and_model_alone(model: Path, asked:
     assert [row["completions"][0]["text"] for row in other] != [row["completions"][0]["text"] for row in whole]
 
 
+@pytest.mark.slow
 def test_workers_with_threads_of_their_own(
     model: Path, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

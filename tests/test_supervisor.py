@@ -100,6 +100,7 @@ def test_the_first_failing_rank_is_named_whoever_notices_first(launched: Callabl
     assert done.code == 1 and done.text == "rank 1 ended with signal 11 at step 3, and the others with it\n"
 
 
+@pytest.mark.slow
 def test_the_same_failure_twice_ends_the_run(launched: Callable[..., Launched]) -> None:
     trace = "Traceback (most recent call last):\n  File x\nValueError: a bad row\n"
     fails = [["train", 5], ["report", "error", "ValueError: a bad row", [], trace]]
@@ -113,6 +114,7 @@ def test_the_same_failure_twice_ends_the_run(launched: Callable[..., Launched]) 
     assert "chatter" not in done.text
 
 
+@pytest.mark.slow
 def test_progress_in_between_is_no_same_failure(launched: Callable[..., Launched]) -> None:
     dies = [["train", 7], ["die", 9]]
     plan = [[[["commit", step], *dies]] for step in (2, 4, 6)]
@@ -120,6 +122,7 @@ def test_progress_in_between_is_no_same_failure(launched: Callable[..., Launched
     assert done.code == 0 and done.attempts == 4 and "checkpoint-6 (restart 1 of 3)" in done.text
 
 
+@pytest.mark.slow
 def test_only_restarts_without_progress_are_counted(launched: Callable[..., Launched]) -> None:
     saves = [[[["commit", step], ["train", step + 1], ["die", 9]]] for step in (2, 4, 6)]
     dies = [[[["train", step], ["die", 9]]] for step in (8, 9)]
@@ -178,6 +181,7 @@ def test_a_users_mistake_is_one_line_and_never_tried_again(launched: Callable[..
     assert (done.code, done.text, done.attempts) == (2, "error: output_dir is full\n", 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_on_request_stays_so(launched: Callable[..., Launched]) -> None:
     """The slower rank is still saving when the first has ended, and is left to it."""
     slow = [["train", 3], ["pause", 1.5], ["commit", 3], ["leave", STOPPED_CODE]]
@@ -185,6 +189,7 @@ def test_a_run_that_stopped_on_request_stays_so(launched: Callable[..., Launched
     assert (done.code, done.text, done.attempts) == (STOPPED_CODE, "", 1)
 
 
+@pytest.mark.slow
 def test_a_rank_lost_while_the_run_stops_is_a_failure(launched: Callable[..., Launched]) -> None:
     """What was saved may lack a part: the run goes on from what verifies, and stops when it is done."""
     stops, dies = [["train", 3], ["leave", STOPPED_CODE]], [["train", 3], ["pause", 0.5], ["die", 9]]
@@ -201,6 +206,7 @@ def test_a_fault_names_the_steps_to_leave_out(launched: Callable[..., Launched])
     assert "error: the loss spiked at step 9\nstopped after 1 restart" in done.text
 
 
+@pytest.mark.slow
 def test_a_poisoned_step_is_left_out_where_that_is_asked_for(launched: Callable[..., Launched]) -> None:
     poisoned = [["train", 5], ["die", 9]]
     assert launched([[poisoned]] * 3).code == 1
@@ -236,12 +242,14 @@ def test_who_has_given_up_waiting_points_at_who_hangs(launched: Callable[..., La
     assert done.code == 1 and "rank 1 hangs at step 4" in done.text and "in stuck" in done.text
 
 
+@pytest.mark.slow
 def test_start_and_evaluation_have_time(launched: Callable[..., Launched]) -> None:
     slow = [["pause", 1.0], ["train", 4], ["beat", "evaluate", 4], ["pause", 1.0], ["train", 4]]
     done = launched([[slow]], hang_seconds=0.3)
     assert (done.code, done.text) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_may_write_what_it_has_begun(launched: Callable[..., Launched]) -> None:
     """The others, which wait for it in their step, wait as long as a save may take."""
     fails = [
