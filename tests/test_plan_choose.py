@@ -126,6 +126,26 @@ def test_saves_are_counted() -> None:
     assert share.checkpoints_made == 4
 
 
+@pytest.mark.parametrize(
+    "asked, made, lasting",
+    [
+        ("--save_steps 10", 10, 0),
+        ("--save_steps 0.25", 4, 0),
+        ("--save_steps 10 --save_milestone_steps 30", 10, 3),
+        ("--save_steps 20 --save_milestone_steps 30", 5, 1),
+        ("--save_steps 10 --eval_strategy steps --eval_steps 10 --load_best_model_at_end true", 10, 1),
+        ("--save_strategy no --save_minutes 15 --save_total_limit 4", 5, 0),
+        ("--save_strategy no", 0, 0),
+    ],
+)
+def test_which_checkpoints_a_configuration_makes(asked: str, made: int, lasting: int) -> None:
+    words = ["--max_steps", "100", "--save_strategy", "steps", *asked.split()]
+    if "best" in asked:
+        words += ["--eval_datasets", '[{"path": "card:sums_pairs", "split": "test"}]']
+    run = described("dpo", *words)
+    assert (run.checkpoints_made, run.checkpoints_lasting) == (made, lasting)
+
+
 def test_what_ppo_writes_is_described() -> None:
     words = ("--response_length", "16", "--num_mini_batches", "3", "--num_ppo_epochs", "2", "--reward_funcs", "a:b")
     rollout = described("ppo", *words).rollout

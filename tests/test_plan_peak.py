@@ -398,24 +398,29 @@ def test_a_release_by_another_thread_is_not_seen_by_the_profiler() -> None:
     assert seen["peaks"]["a"] == 4_040
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_real_run_takes_what_was_planned(ranks: Ranks, tmp_path: Path, stage: int) -> None:
-    """Within 10 %, at the moment that was planned; five steps, so that ZeRO-3 has learnt the order of the modules."""
+def watched(ranks: Ranks, home: Path, phase: str, stage: int, **more: Any) -> tuple[Any, list[dict[str, int]]]:
+    """Run five steps, so that ZeRO-3 has learnt the order of the modules; return the plan, and each rank's peaks."""
     engine = {"stage": stage, "reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 500}
     options = {
         **SETTINGS,
-        "model_name_or_path": write_model(tmp_path / "model", num_hidden_layers=4),
-        "datasets": [{"path": str(write_rows(tmp_path / "rows.jsonl", make_rows("text", 48)))}],
+        "model_name_or_path": write_model(home / "model", num_hidden_layers=4),
+        "datasets": [{"path": str(write_rows(home / "rows.jsonl", make_rows(PHASE_KINDS[phase][0], 48)))}],
         "max_steps": 5,
-        "sample_prompts": 0,
         "deepspeed": {"train_batch_size": "auto", "zero_optimization": engine},
-        "output_dir": tmp_path / "out",
+        "output_dir": home / "out",
+        **more,
     }
-    argv = ["pretrain", *words(options)]
-    ranks.run(function="benchmarks._allocator:run_watched", argv=argv, report=str(tmp_path / "report")).ok()
-    peaks = json.loads((tmp_path / "report.0").read_text())["peaks"]
-    plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
+    argv, report = [phase, *words(options)], home / "report"
+    ranks.run(function="benchmarks._allocator:run_watched", argv=argv, report=str(report)).ok()
+    peaks = [json.loads(Path(f"{report}.{rank}").read_text())["peaks"] for rank in range(2)]
+    return json.loads((home / "out" / "manifest.json").read_text())["plan"], peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_real_run_takes_what_was_planned(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    """Within 10 %, at the moment that was planned."""
+    plan, (peaks, _) = watched(ranks, tmp_path, "pretrain", stage)
     assert plan["peak_bytes"] == pytest.approx(max(peaks["backward"], peaks["step"], peaks["save"]), rel=0.1)
 
 
@@ -423,24 +428,9 @@ def test_a_real_run_takes_what_was_planned(ranks: Ranks, tmp_path: Path, stage: 
 @pytest.mark.parametrize(("phase", "stage"), [("sft", 3), ("dpo", 2), ("reward", 3)])
 def test_a_real_evaluation_takes_what_was_planned(ranks: Ranks, tmp_path: Path, phase: str, stage: int) -> None:
     """Within 10 %, of batches that are far larger than those trained on: the run's peak is there."""
-    engine = {"stage": stage, "reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 500}
-    kind = PHASE_KINDS[phase][0]
-    held_out = {"path": str(write_rows(tmp_path / "held_out.jsonl", make_rows(kind, 70, seed=5))), "split": "train"}
-    options = {
-        **SETTINGS,
-        "model_name_or_path": write_model(tmp_path / "model", num_hidden_layers=4),
-        "datasets": [{"path": str(write_rows(tmp_path / "rows.jsonl", make_rows(kind, 48)))}],
-        "eval_datasets": [held_out],
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "per_device_eval_batch_size": 32,
-        "per_device_train_batch_size": 2,
-        "max_steps": 5,
-        "deepspeed": {"train_batch_size": "auto", "zero_optimization": engine},
-        "output_dir": tmp_path / "out",
-    }
-    argv = [phase, *words(options)]
-    ranks.run(function="benchmarks._allocator:run_watched", argv=argv, report=str(tmp_path / "report")).ok()
-    found = max(json.loads((tmp_path / f"report.{rank}").read_text())["peaks"]["evaluation"] for rank in range(2))
-    plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
+    rows = write_rows(tmp_path / "held_out.jsonl", make_rows(PHASE_KINDS[phase][0], 70, seed=5))
+    sizes = {"per_device_eval_batch_size": 32, "per_device_train_batch_size": 2}
+    held_out = {"eval_datasets": [{"path": str(rows), "split": "train"}], "eval_strategy": "steps", "eval_steps": 5}
+    plan, peaks = watched(ranks, tmp_path, phase, stage, **sizes, **held_out)
+    found = max(rank["evaluation"] for rank in peaks)
     assert plan["peak_at"] == "evaluation" and plan["peak_bytes"] == pytest.approx(found, rel=0.1)

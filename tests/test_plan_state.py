@@ -17,13 +17,10 @@ from hypothesis import strategies as st
 from align_kit import registry, stages
 from align_kit.config import load
 from align_kit.models import source
-from align_kit.plan.describe import _checkpoints as made_by
-from align_kit.plan.describe import _lasting as lasting_of
 from align_kit.plan.disk import checkpoint_bytes, disk_bytes, final_bytes
 from align_kit.plan.facts import EngineFacts, Held, Micro, Rollout, Run, Shape, Weight
 from align_kit.plan.shape import meta_frozen, meta_policy
 from align_kit.plan.state import host, moved_out, persistent
-from align_kit.resources import folder
 from align_kit.stages.beginning import Start
 from benchmarks._planned import Case, drawn
 from benchmarks.plan_accuracy import compared, judged, summary
@@ -151,27 +148,6 @@ def test_milestones_stay_on_the_disk_and_a_limit_of_bytes_holds() -> None:
     # within the bytes, and one that is being written; the last that stands is never given up
     assert [held(checkpoints_limit=limit) for limit in (1, 2 * one, 9 * one)] == [2 * one, 3 * one, 3 * one]
     assert held(checkpoints_limit=1, checkpoints_made=0) == 0
-
-
-@pytest.mark.parametrize(
-    "asked, made, lasting",
-    [
-        ("--save_steps 10", 10, 0),
-        ("--save_steps 0.25", 4, 0),
-        ("--save_steps 10 --save_milestone_steps 30", 10, 3),
-        ("--save_steps 20 --save_milestone_steps 30", 5, 1),
-        ("--save_steps 10 --eval_strategy steps --eval_steps 10 --load_best_model_at_end true", 10, 1),
-        ("--save_strategy no --save_minutes 15 --save_total_limit 4", 5, 0),
-        ("--save_strategy no", 0, 0),
-    ],
-)
-def test_which_checkpoints_a_configuration_makes(asked: str, made: int, lasting: int) -> None:
-    recipe = registry.get("sft")
-    words = ["--output_dir", "out", "--max_steps", "100", "--save_strategy", "steps", *asked.split()]
-    if "best" in asked:
-        words += ["--eval_datasets", '[{"path": "card:sums_sft", "split": "test"}]']
-    config = load(recipe, words, defaults=folder("recipes") / "sft.yaml")
-    assert (made_by(config, 100), lasting_of(config, 100)) == (made, lasting)
 
 
 # --- large sizes ------------------------------------------------------------------------------------------------------

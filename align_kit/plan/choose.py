@@ -78,9 +78,9 @@ class Space:
     """The run as configured, and what may be changed of it.
 
     `sized` gives a run at another micro-batch and accumulation, `evaluated` the heaviest micro-batch of so many rows in
-    an evaluation; `cut_is_free` tells that the loss is the same however
-    a global batch is cut, `by_global_batch` that the accumulation follows from `global_batch_size`, `cached` that the
-    reference may be computed once and stored, `passes` how often the run goes through its data.
+    an evaluation; `cut_is_free` tells that the loss is the same however a global batch is cut, `by_global_batch` that
+    the accumulation follows from `global_batch_size`, `cached` that the reference may be computed once and stored,
+    `passes` how often the run goes through its data.
     """
 
     run: Run
